@@ -1,0 +1,237 @@
+"""One worker process: an engine, both halves of a request's life over it, one gRPC server. No Ray in here.
+
+The role says which half the router will ask of it; the parts are the same, so local prefill, a colocated deployment
+and the doctor's canary need nothing more.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import time
+import uuid
+from typing import Literal
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+import kv_transfer
+from cluster.worker_service import WorkerServicer
+from decode_worker.decoder import Decoder
+from decode_worker.kv_service import KvTransferServicer, canary_request
+from decode_worker.session import DecodeServicer
+from engine.config import EngineConfig
+from engine.dispatch import Dispatcher
+from engine.engine import Engine
+from kv_transfer.base import BlockMemory
+from kv_transfer.receiver import Receiver
+from prefill_worker.peers import Peers
+from prefill_worker.servicer import PrefillServicer
+from protos import kv_transfer_pb2 as kv
+from protos import kv_transfer_pb2_grpc as kv_grpc
+from protos import worker_pb2, worker_pb2_grpc
+from protos.grpc_options import SERVER_OPTIONS
+
+Role = Literal["prefill", "decode", "both"]
+
+_ROLES = {
+    "prefill": worker_pb2.WORKER_ROLE_PREFILL,
+    "decode": worker_pb2.WORKER_ROLE_DECODE,
+    "both": worker_pb2.WORKER_ROLE_BOTH,
+}
+_HEALTH_PERIOD_S = 0.5
+# A step may take long (a big prefill on a CPU), a thread that died is noticed at once: its heartbeat is infinitely old.
+_STALLED_AFTER_S = 120.0
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Everything behind one worker id. start() to stop() on one event loop."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        role: Role,
+        engine: EngineConfig,
+        transport: str = "grpc",
+        host: str = "127.0.0.1",
+        object_store: "kv_transfer.ObjectStore | None" = None,
+    ):
+        self.me = kv.WorkerRef(worker_id=worker_id, incarnation=uuid.uuid4().hex[:16])
+        self.role = role
+        self.state = worker_pb2.WORKER_STATE_STARTING
+        self.address = ""
+        self.engine: Engine | None = None
+        self.progress = "placing"  # what the worker is busy with until it is ready
+        self._engine_config = engine
+        self._transport = transport
+        self._host = host
+        self._object_store = object_store
+
+    async def start(self) -> worker_pb2.Member:
+        """Loads the model and serves. Raises what loading raises, with nothing left running."""
+        loop = asyncio.get_running_loop()
+        dispatcher = Dispatcher(loop)
+        self.progress = "loading"
+        self.engine = await asyncio.to_thread(Engine, self._engine_config, dispatcher.on_events, self._say)
+        engine = self.engine
+        memory = BlockMemory(engine.slab, engine.layout.layer_offsets)
+        layout = engine.layout.to_pb()
+
+        self._receiver = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES)
+        self._sender = kv_transfer.create_sender(
+            self._transport, memory, (self.me.worker_id, self.me.incarnation), self._object_store
+        )
+        self._peers = Peers(self.me, layout, self._transport)
+        self._prefill = PrefillServicer(engine, dispatcher, self._peers, self._sender, self._transport)
+        self._decoder = Decoder(engine, dispatcher, self._receiver)
+        self._kv = KvTransferServicer(self._decoder, self.me, layout, self._transport, kv_transfer.MAX_CHUNK_BYTES)
+        self._service = WorkerServicer(self, engine, self._prefill, self._decoder, self._receiver, self._transport)
+        dispatcher.after_step(self._service.changed)
+
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        kv_transfer.serve(self._transport, self._receiver, self._server, self._object_store)
+        kv_grpc.add_KvTransferServiceServicer_to_server(self._kv, self._server)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, self._server)
+        worker_pb2_grpc.add_PrefillServiceServicer_to_server(self._prefill, self._server)
+        worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(self._decoder), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        port = self._server.add_insecure_port(f"{self._host}:0")
+        self.address = f"{self._host}:{port}"
+        engine.start()
+        await self._server.start()
+        await self._set_state(worker_pb2.WORKER_STATE_READY)
+        self.progress = "ready"
+        self._housekeeping = asyncio.create_task(self._keep_house())
+        return self.member()
+
+    def member(self) -> worker_pb2.Member:
+        return worker_pb2.Member(
+            worker_id=self.me.worker_id,
+            incarnation=self.me.incarnation,
+            address=self.address,
+            role=_ROLES[self.role],
+            state=self.state,
+        )
+
+    def set_members(self, members: list[worker_pb2.Member]) -> None:
+        self._peers.set_members(members)
+
+    async def drain(self) -> None:
+        """Refuses new work, finishes what is here; returns when nothing is left."""
+        self.begin_drain()
+        await self._set_state(worker_pb2.WORKER_STATE_DRAINING)
+        await self._prefill.idle.wait()
+        await self._decoder.runs.idle.wait()
+        await self._prefill.close()
+
+    def begin_drain(self) -> None:
+        self._prefill.draining = self._decoder.draining = True
+        self.state = worker_pb2.WORKER_STATE_DRAINING
+        self._service.changed()
+
+    async def stop(self) -> None:
+        if self.engine is None:
+            return
+        self._housekeeping.cancel()
+        await self._set_state(worker_pb2.WORKER_STATE_STOPPED)
+        await self._server.stop(grace=0.2)
+        await self._prefill.close()
+        await self._peers.close()
+        await self._sender.close()
+        await asyncio.to_thread(self.engine.stop)
+
+    def status(self) -> dict:
+        """What `pdserve status` shows of this worker, for JSON."""
+        load = self._service.load() if self.engine is not None and self.address else worker_pb2.WorkerLoad()
+        fields = {field.name: getattr(load, field.name) for field in worker_pb2.WorkerLoad.DESCRIPTOR.fields}
+        fields["state"] = worker_pb2.WorkerState.Name(self.state).removeprefix("WORKER_STATE_").lower()
+        return {
+            "worker_id": self.me.worker_id,
+            "incarnation": self.me.incarnation,
+            "role": self.role,
+            "address": self.address,
+            "pid": os.getpid(),
+            "progress": self.progress,
+            "transport": self._transport,
+            **fields,
+        }
+
+    async def check(self) -> None:
+        """Every invariant of the engine's pools and the receiver's tickets; AssertionError if one is broken."""
+        assert self.engine is not None
+        await asyncio.wrap_future(self.engine.check())
+        self._receiver.check()
+
+    async def canary(self, target_worker_id: str, num_blocks: int) -> dict:
+        """Sends test bytes the way a prompt's KV goes and has the receiver verify them: {bytes, seconds, ok, error}."""
+        assert self.engine is not None
+        owner = f"canary:{uuid.uuid4().hex}"
+        block_size = self.engine.layout.block_size
+        num_blocks = max(1, min(num_blocks, self.engine.slab.shape[0] // 2))
+        probe = canary_request(owner, num_blocks * block_size - 1)
+        try:
+            reservation = await asyncio.wrap_future(self.engine.reserve(owner, probe, len(probe.token_ids)))
+            num_bytes, seconds = await self._send_canary(target_worker_id, reservation.block_ids[:num_blocks])
+            return {"bytes": num_bytes, "seconds": seconds, "ok": True, "error": ""}
+        except grpc.aio.AioRpcError as error:
+            return {"bytes": 0, "seconds": 0.0, "ok": False, "error": f"{error.code().name}: {error.details()}"}
+        except Exception as error:  # the doctor reports whatever is wrong with this path
+            return {"bytes": 0, "seconds": 0.0, "ok": False, "error": f"{type(error).__name__}: {error}"}
+        finally:
+            self.engine.release(owner)
+
+    async def _send_canary(self, target_worker_id: str, block_ids: tuple[int, ...]) -> tuple[int, float]:
+        assert self.engine is not None
+        slab = self.engine.slab
+        seed = hashlib.sha256(self.me.SerializeToString()).digest()
+        for position, block in enumerate(block_ids):
+            slab[block].fill_(seed[position % len(seed)])
+        peer = await self._peers.connect(self._peers.find(target_worker_id))
+        granted = await peer.stub.Canary(
+            kv.CanaryRequest(source=self.me, num_blocks=len(block_ids)), timeout=10.0
+        )
+        started = time.perf_counter()
+        outgoing = self._sender.open(peer.address, granted.transfer_id)
+        try:
+            outgoing.push(block_ids, 0, 0, len(self.engine.layout.layer_offsets) - 1)
+            manifest = await outgoing.finish()
+            request = kv.CommitRequest(
+                transfer_id=granted.transfer_id,
+                num_chunks=manifest.num_chunks,
+                num_bytes=manifest.num_bytes,
+                digest=manifest.digest,
+            )
+            await peer.stub.Commit(request, timeout=30.0)
+        finally:
+            outgoing.abort("canary over")
+            await outgoing.wait_closed()
+        return manifest.num_bytes, time.perf_counter() - started
+
+    async def _set_state(self, state: "worker_pb2.WorkerState.ValueType") -> None:
+        self.state = state
+        serving = state == worker_pb2.WORKER_STATE_READY
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", "pdserve.v1.WorkerService"):
+            await self._health.set(name, status)
+        self._service.changed()
+
+    async def _keep_house(self) -> None:
+        """Leases run out and engines die without an event to say so: both are looked at twice a second."""
+        assert self.engine is not None
+        while True:
+            await asyncio.sleep(_HEALTH_PERIOD_S)
+            try:
+                self._decoder.expire(self._kv.expire_canaries)
+                alive = self.engine.heartbeat_age_s() < _STALLED_AFTER_S
+                if self.state == worker_pb2.WORKER_STATE_READY and not alive:
+                    await self._set_state(worker_pb2.WORKER_STATE_UNHEALTHY)
+                elif self.state == worker_pb2.WORKER_STATE_UNHEALTHY and alive:
+                    await self._set_state(worker_pb2.WORKER_STATE_READY)
+            except Exception:
+                _log.exception("housekeeping of worker %s", self.me.worker_id)
+
+    def _say(self, line: str) -> None:
+        self.progress = line

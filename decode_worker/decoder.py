@@ -1,0 +1,167 @@
+"""What a decode worker does with runs: expect, reserve, adopt, stream, end.
+
+Everything here runs on the event loop; the engine is reached through its thread-safe calls, its events come back
+through the Dispatcher.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from engine.dispatch import Dispatcher
+from engine.engine import Engine
+from engine.request import Event, Failed, FirstToken, Preempted, Reservation, Started, Token
+from engine.wire import finish_to_pb, logprob_to_pb, request_from_pb
+from decode_worker.runs import Run, RunState, RunTable
+from kv_transfer.receiver import Receiver
+from protos import inference_pb2, worker_pb2
+from protos import kv_transfer_pb2 as kv
+
+# The router ends a run at its deadline; this is for a router that has lost its mind or its network.
+DEADLINE_GRACE_S = 2.0
+
+
+class Decoder:
+    """The runs of this worker over its engine and its receiver."""
+
+    def __init__(self, engine: Engine, dispatcher: Dispatcher, receiver: Receiver):
+        self.engine = engine
+        self.receiver = receiver
+        self.runs = RunTable()
+        self.draining = False
+        self._dispatcher = dispatcher
+        dispatcher.after_step(self._flush_step)
+        self._touched: dict[str, Run] = {}  # runs with entries of the current step
+
+    # From the router
+
+    async def expect(self, message: worker_pb2.Expect, emit: Callable[[worker_pb2.StepEntry], None]) -> None:
+        """Take a run in; refusals are reported as its Failed entry."""
+        run_id, attempt = message.request.run_id, message.request.attempt
+
+        def refuse(reason: "inference_pb2.ErrorReason.ValueType", text: str, retryable: bool) -> None:
+            failed = worker_pb2.Failed(reason=reason, message=text, retryable=retryable)
+            emit(worker_pb2.StepEntry(run_id=run_id, attempt=attempt, failed=failed))
+
+        if self.draining:
+            return refuse(inference_pb2.ERROR_REASON_DRAINING, "the decode worker is draining", True)
+        if self.runs.is_over(run_id, attempt):
+            return refuse(inference_pb2.ERROR_REASON_CANCELLED, f"attempt {attempt} is over here", True)
+        older = self.runs.find(run_id)
+        if older is not None:
+            if older.attempt >= attempt:
+                return refuse(inference_pb2.ERROR_REASON_INTERNAL, f"attempt {attempt} is here already", False)
+            self.end(older)
+        try:
+            request = request_from_pb(message.request)
+        except ValueError as error:
+            return refuse(inference_pb2.ERROR_REASON_INVALID_PARAMETER, str(error), False)
+        source = message.source if message.HasField("source") else None
+        run = Run(run_id, attempt, request, source, emit, num_open_sequences=request.sampling.num_sequences)
+        if message.request.HasField("remaining"):
+            delay = message.request.remaining.ToNanoseconds() / 1e9 + DEADLINE_GRACE_S
+            run.deadline = asyncio.get_running_loop().call_later(delay, self.end, run)
+        self._dispatcher.add(run.owner, lambda event: self._on_event(run, event))
+        await self.runs.add(run)
+        if source is None:
+            run.state = RunState.ADOPTED
+            try:
+                self.engine.submit(request)
+            except ValueError as error:
+                self.fail(run, inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, str(error), False)
+
+    def cancel(self, run_id: str, attempt: int) -> None:
+        self.runs.bury(run_id, attempt)
+        run = self.runs.find(run_id)
+        if run is not None and run.attempt <= attempt:
+            self.end(run)
+
+    # From the prefill worker
+
+    async def reserve(self, run: Run, num_tokens: int) -> Reservation:
+        """Waits in the engine's queue. Raises ValueError if it can never fit, CancelledError when the run ends."""
+        run.state = RunState.RESERVING
+        return await asyncio.wrap_future(self.engine.reserve(run.owner, run.request, num_tokens))
+
+    async def adopt(self, run: Run, first_tokens: Sequence[FirstToken]) -> None:
+        """The KV is verified: make it visible and decode. Raises KeyError if the run ended meanwhile."""
+        if run.state is not RunState.GRANTED:
+            raise KeyError(run.run_id)
+        run.num_open_sequences = sum(not token.finished for token in first_tokens)
+        # Set before the engine is told, so that a racing end() aborts what is being adopted.
+        run.state = RunState.ADOPTED
+        # Before the engine's first events, so that the router hears Adopted first.
+        run.emit(run.entry(adopted=worker_pb2.Adopted()))
+        try:
+            await asyncio.wrap_future(self.engine.adopt(run.owner, run.request, first_tokens))
+        except KeyError:
+            self.end(run)
+            raise
+
+    # Ends
+
+    def end(self, run: Run) -> None:
+        """Whatever its phase: pages, reservation and ticket come back, later messages are refused. Idempotent."""
+        if run.state is RunState.OVER:
+            return
+        self._dispatcher.remove(run.owner)
+        self._touched.pop(run.owner, None)
+        if run.transfer_id:
+            # The receiver's lock: after this no byte of the transfer is written.
+            self.receiver.release(run.transfer_id)
+        self.engine.abort(run.request.id)
+        self.engine.release(run.owner)
+        self.runs.remove(run)
+
+    def fail(
+        self, run: Run, reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool
+    ) -> None:
+        if run.state is not RunState.OVER:
+            self.end(run)
+            run.emit(run.entry(failed=worker_pb2.Failed(reason=reason, message=message, retryable=retryable)))
+
+    def expire(self, others: Callable[[set[str]], None]) -> None:
+        """Ends the runs whose lease ran out: their writer has stopped renewing it. `others` hears all owners."""
+        owners = set(self.receiver.expire())
+        if not owners:
+            return
+        others(owners)
+        for run in self.runs:
+            if run.owner in owners:
+                text = "the prefill worker let the lease of its pages run out"
+                self.fail(run, inference_pb2.ERROR_REASON_KV_TRANSFER_FAILED, text, True)
+
+    # From the engine
+
+    def _on_event(self, run: Run, event: Event) -> None:
+        match event:
+            case Token():
+                self._add_token(run, event)
+            case Started(num_cached_tokens=num_cached):
+                run.emit(run.entry(started=worker_pb2.PrefillStarted(cached_tokens=num_cached)))
+            case Preempted(sequence_index=index):
+                run.emit(run.entry(sequence_index=index, preempted=worker_pb2.Preempted()))
+            case Failed(reason=reason, message=text):
+                self.fail(run, inference_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}"), text, False)
+
+    def _add_token(self, run: Run, token: Token) -> None:
+        index = token.sequence_index
+        entry = run.entries.get(index)
+        if entry is None:
+            entry = run.entries[index] = run.entry(sequence_index=index, token_offset=token.offset)
+        self._touched[run.owner] = run
+        entry.token_ids.append(token.token_id)
+        if token.logprob is not None:
+            entry.logprobs.append(logprob_to_pb(token.logprob))
+        if token.finish is not None:
+            entry.finish_info.CopyFrom(finish_to_pb(index, token.finish, run.request.sampling.seed))
+            run.num_open_sequences -= 1
+
+    def _flush_step(self) -> None:
+        """One step's tokens go out together; a run whose last sequence ended leaves."""
+        touched, self._touched = self._touched, {}
+        for run in touched.values():
+            entries, run.entries = run.entries, {}
+            for entry in entries.values():
+                run.emit(entry)
+            if run.num_open_sequences == 0:
+                self.end(run)

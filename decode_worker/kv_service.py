@@ -1,0 +1,252 @@
+"""KvTransferService: the receiving side's control plane, for every transport.
+
+    Handshake once per peer, then per run: Reserve -> (chunks, by the transport) -> Commit, or Release.
+"""
+
+import asyncio
+import hashlib
+import uuid
+from array import array
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+
+import grpc
+
+from decode_worker.decoder import Decoder
+from decode_worker.runs import Run, RunState
+from engine.request import FirstToken, Request, SamplingParams
+from kv_transfer.base import Manifest, TransferCorrupt, TransferError
+from protos import inference_pb2
+from protos import kv_transfer_pb2 as kv
+from protos import kv_transfer_pb2_grpc as kv_grpc
+
+PROTOCOL_VERSION = 1
+LEASE_S = 10.0
+# A Reserve may overtake its Expect, which comes from another machine.
+EXPECT_LAG_S = 1.0
+MAX_COMMIT_ANSWERS = 4096
+
+
+class Refusal(Exception):
+    """Ends a call with a status."""
+
+    def __init__(self, code: grpc.StatusCode, message: str):
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
+    def __init__(self, decoder: Decoder, me: kv.WorkerRef, layout: kv.KvLayout, transport: str, max_chunk_bytes: int):
+        self._decoder = decoder
+        self._me = me
+        self._layout = layout
+        self._transport = transport
+        self._max_chunk_bytes = max_chunk_bytes
+        self._commits: OrderedDict[bytes, asyncio.Task[kv.CommitResponse]] = OrderedDict()
+        self._canaries: dict[bytes, str] = {}  # ticket -> engine owner
+
+    async def Handshake(self, request, context) -> kv.HandshakeResponse:
+        ours = kv.HandshakeResponse(
+            target=self._me,
+            protocol_version=PROTOCOL_VERSION,
+            layout=self._layout,
+            transport=self._transport,
+            max_chunk_bytes=self._max_chunk_bytes,
+        )
+        for name in ("protocol_version", "transport"):
+            if getattr(request, name) != getattr(ours, name):
+                text = f"{name}: {request.source.worker_id} has {getattr(request, name)!r}, "
+                text += f"{self._me.worker_id} has {getattr(ours, name)!r}"
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        if request.layout.fingerprint != self._layout.fingerprint:
+            text = f"KV layouts differ: {request.source.worker_id} has {_describe(request.layout)}; "
+            text += f"{self._me.worker_id} has {_describe(self._layout)}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        return ours
+
+    async def Reserve(self, request, context) -> kv.ReserveResponse:
+        return await _answer(context, lambda: self._reserve(request))
+
+    async def Commit(self, request, context) -> kv.CommitResponse:
+        """Shielded: a caller that goes away does not leave the run half adopted."""
+        task = self._commits.get(request.transfer_id)
+        if task is None:
+            task = self._commits[request.transfer_id] = asyncio.create_task(self._commit(request))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            while len(self._commits) > MAX_COMMIT_ANSWERS:
+                self._commits.popitem(last=False)
+        return await _answer(context, lambda: asyncio.shield(task))
+
+    async def Heartbeat(self, request, context) -> kv.HeartbeatResponse:
+        unknown = self._decoder.receiver.heartbeat(list(request.transfer_ids))
+        return kv.HeartbeatResponse(unknown_transfer_ids=unknown)
+
+    async def Release(self, request, context) -> kv.ReleaseResponse:
+        """The prefill worker gives up. It has told the router why, or will be missed there; the run leaves silently."""
+        run = self._decoder.runs.by_transfer(request.transfer_id)
+        if run is not None and run.state is RunState.GRANTED:
+            self._decoder.end(run)
+            return kv.ReleaseResponse(found=True)
+        owner = self._canaries.pop(request.transfer_id, None)
+        if owner is not None:
+            self._free_canary(request.transfer_id, owner)
+        return kv.ReleaseResponse(found=owner is not None)
+
+    async def Canary(self, request, context) -> kv.CanaryResponse:
+        return await _answer(context, lambda: self._grant_canary(request))
+
+    # Reserve
+
+    async def _reserve(self, request: kv.ReserveRequest) -> kv.ReserveResponse:
+        run = await self._expected(request)
+        try:
+            reservation = await self._decoder.reserve(run, request.num_tokens)
+        except ValueError as error:
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
+        except asyncio.CancelledError:
+            if run.state is RunState.RESERVING:  # the caller gave up waiting; the run may be reserved for again
+                self._decoder.engine.release(run.owner)
+                run.state = RunState.EXPECTED
+                raise
+            raise Refusal(grpc.StatusCode.ABORTED, "the run ended while it waited for pages") from None
+        if run.state is not RunState.RESERVING:
+            self._decoder.engine.release(run.owner)
+            raise Refusal(grpc.StatusCode.ABORTED, "the run ended while it waited for pages")
+        block_size = self._decoder.engine.layout.block_size
+        num_blocks = -(-request.num_tokens // block_size)
+        transfer_id = self._decoder.receiver.grant(
+            owner=run.owner,
+            source=(request.source.worker_id, request.source.incarnation),
+            block_ids=reservation.block_ids[:num_blocks],
+            first_block=reservation.num_cached_tokens // block_size,
+            lease_s=LEASE_S,
+        )
+        self._decoder.runs.granted(run, transfer_id)
+        return kv.ReserveResponse(
+            transfer_id=transfer_id,
+            cached_tokens=reservation.num_cached_tokens,
+            num_blocks=num_blocks,
+            lease_ms=int(LEASE_S * 1000),
+        )
+
+    async def _expected(self, request: kv.ReserveRequest) -> Run:
+        if request.target != self._me:
+            text = f"target is {request.target.worker_id} ({request.target.incarnation}), this is {self._me.worker_id}"
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"{text} ({self._me.incarnation})")
+        run = await self._decoder.runs.wait_for(request.run_id, request.attempt, EXPECT_LAG_S)
+        if run is None:
+            over = self._decoder.runs.is_over(request.run_id, request.attempt)
+            text = "is over here" if over else f"was not announced within {EXPECT_LAG_S:g} s"
+            raise Refusal(grpc.StatusCode.NOT_FOUND, f"attempt {request.attempt} of run {request.run_id} {text}")
+        if run.source != request.source:
+            raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"run {run.run_id} expects another prefill worker")
+        if run.state is not RunState.EXPECTED:
+            raise Refusal(grpc.StatusCode.ALREADY_EXISTS, f"run {run.run_id} is {run.state.name}: one Reserve a run")
+        if request.num_tokens != len(run.request.token_ids):
+            text = f"num_tokens {request.num_tokens} is not the run's {len(run.request.token_ids)}"
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, text)
+        return run
+
+    # Commit
+
+    async def _commit(self, request: kv.CommitRequest) -> kv.CommitResponse:
+        owner = self._canaries.pop(request.transfer_id, None)
+        if owner is not None:
+            try:
+                await self._verify(request)
+            finally:
+                self._free_canary(request.transfer_id, owner)
+            return kv.CommitResponse(num_bytes=request.num_bytes)
+        run = self._decoder.runs.by_transfer(request.transfer_id)
+        if run is None:
+            raise Refusal(grpc.StatusCode.NOT_FOUND, "no such transfer: it expired, was cancelled or never existed")
+        try:
+            self._check_claims(run, request)
+            await self._verify(request)
+        except Refusal as refusal:
+            corrupt = refusal.code == grpc.StatusCode.DATA_LOSS
+            reason = (
+                inference_pb2.ERROR_REASON_KV_TRANSFER_CORRUPT
+                if corrupt
+                else inference_pb2.ERROR_REASON_KV_TRANSFER_FAILED
+            )
+            self._decoder.fail(run, reason, refusal.message, True)
+            raise
+        try:
+            first_tokens = [FirstToken(token.token_id, token.finished) for token in request.first_tokens]
+            await self._decoder.adopt(run, first_tokens)
+        except KeyError:
+            raise Refusal(grpc.StatusCode.NOT_FOUND, "the run ended before its KV was adopted") from None
+        return kv.CommitResponse(num_bytes=request.num_bytes)
+
+    def _check_claims(self, run: Run, request: kv.CommitRequest) -> None:
+        token_ids = run.request.token_ids
+        ours = hashlib.sha256(array("I", token_ids).tobytes()).digest()
+        if request.num_tokens != len(token_ids) or request.token_hash != ours:
+            raise Refusal(grpc.StatusCode.DATA_LOSS, f"the KV is of other tokens than run {run.run_id} has")
+        if len(request.first_tokens) != run.request.sampling.num_sequences:
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "one first token per sequence is needed")
+
+    async def _verify(self, request: kv.CommitRequest) -> None:
+        manifest = Manifest(num_chunks=request.num_chunks, num_bytes=request.num_bytes, digest=request.digest)
+        try:
+            await self._decoder.receiver.commit(request.transfer_id, manifest)
+        except TransferCorrupt as error:
+            raise Refusal(grpc.StatusCode.DATA_LOSS, str(error)) from error
+        except TransferError as error:
+            raise Refusal(grpc.StatusCode.ABORTED, str(error)) from error
+
+    # Canary
+
+    async def _grant_canary(self, request: kv.CanaryRequest) -> kv.CanaryResponse:
+        engine = self._decoder.engine
+        owner = f"canary:{uuid.uuid4().hex}"
+        probe = canary_request(owner, request.num_blocks * engine.layout.block_size - 1)
+        try:
+            reservation = await asyncio.wrap_future(engine.reserve(owner, probe, len(probe.token_ids)))
+        except ValueError as error:
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
+        source = (request.source.worker_id, request.source.incarnation)
+        blocks = reservation.block_ids[: request.num_blocks]
+        transfer_id = self._decoder.receiver.grant(owner, source, blocks, 0, LEASE_S)
+        self._canaries[transfer_id] = owner
+        return kv.CanaryResponse(transfer_id=transfer_id, num_blocks=len(blocks))
+
+    def expire_canaries(self, owners: set[str]) -> None:
+        for transfer_id, owner in list(self._canaries.items()):
+            if owner in owners:
+                del self._canaries[transfer_id]
+                self._free_canary(transfer_id, owner)
+
+    def _free_canary(self, transfer_id: bytes, owner: str) -> None:
+        self._decoder.receiver.release(transfer_id)
+        self._decoder.engine.release(owner)
+
+
+def canary_request(owner: str, num_tokens: int) -> Request:
+    """A request that only ever reserves: its pages carry test bytes and never become prefix cache."""
+    return Request(
+        id=owner,
+        token_ids=(0,) * num_tokens,
+        num_prompt_tokens=num_tokens,
+        sampling=SamplingParams(max_tokens=1),
+        use_prefix_cache=False,
+    )
+
+
+async def _answer(context: grpc.aio.ServicerContext, call: Callable[[], Awaitable]):
+    try:
+        return await call()
+    except Refusal as refusal:
+        await context.abort(refusal.code, refusal.message)
+
+
+def _describe(layout: kv.KvLayout) -> str:
+    groups = ", ".join(
+        f"{g.num_layers} layers of {g.num_kv_heads} heads x {g.key_dim}+{g.value_dim}" for g in layout.groups
+    )
+    return (
+        f"model {layout.model!r} (weights {layout.weights_digest[:12]}, rope {layout.rope_digest[:12]}), "
+        f"{layout.dtype}, blocks of {layout.block_size} tokens, {groups}"
+    )

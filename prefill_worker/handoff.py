@@ -1,0 +1,193 @@
+"""One prompt's KV on its way to a decode worker.
+
+    wanted -> reserving -> granted -> pushing ... -> committed
+                 |            |          |
+                 +------------+----------+--> failed | abandoned
+
+The engine thread calls `wanted` and `ready` (the KVSink hooks); everything else runs on the event loop.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+import grpc
+
+from engine.engine import Engine
+from engine.request import Request
+from kv_transfer.base import Manifest, Outgoing, Sender, TransferCorrupt, TransferError
+from prefill_worker.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
+from protos import inference_pb2
+from protos import kv_transfer_pb2 as kv
+
+# Commit answers once the receiver has checked every byte, so it may wait for chunks still on the wire.
+COMMIT_TIMEOUT_S = 30.0
+RELEASE_TIMEOUT_S = 5.0
+
+
+class HandoffFailed(Exception):
+    """Why the KV did not arrive, in the words of worker.proto's Failed."""
+
+    def __init__(self, reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool):
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.retryable = retryable
+
+
+def token_hash(token_ids: Sequence[int]) -> bytes:
+    """SHA-256 over the tokens as uint32 little-endian: what the manifest says the KV is of."""
+    return hashlib.sha256(array("I", token_ids).tobytes()).digest()
+
+
+class Handoff:
+    """The KVSink of one prompt: reserves pages just before the prompt is computed, pushes, commits."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        peers: Peers,
+        sender: Sender,
+        request: Request,
+        run: tuple[str, int],
+        target: kv.WorkerRef,
+        reserve_timeout_s: float | None,
+    ):
+        self._engine = engine
+        self._peers = peers
+        self._sender = sender
+        self._request = request
+        self._run_id, self._attempt = run
+        self._target = target
+        self._reserve_timeout_s = reserve_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._reserving: asyncio.Task | None = None
+        self._peer: Peer | None = None
+        self._transfer_id = b""
+        self._outgoing: Outgoing | None = None
+        self._committed = False
+        self._closed = False
+        self.failed: asyncio.Future[None] = self._loop.create_future()  # never a result, only HandoffFailed
+        self.num_bytes = 0
+        self.cached_tokens = 0
+
+    # KVSink, on the engine thread
+
+    def wanted(self) -> None:
+        self._loop.call_soon_threadsafe(self._start_reserving)
+
+    def ready(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
+        outgoing = self._outgoing
+        if outgoing is not None and not self._closed:
+            outgoing.push(block_ids, block_start, layer_start, layer_stop)
+
+    # On the loop
+
+    async def commit(self, first_tokens: Sequence[kv.AdoptedToken]) -> None:
+        """Returns once the decode worker has verified and adopted. Raises HandoffFailed."""
+        assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"
+        try:
+            manifest = await self._outgoing.finish()
+            self.num_bytes = manifest.num_bytes
+            await self._peer.stub.Commit(self._commit_request(manifest, first_tokens), timeout=COMMIT_TIMEOUT_S)
+        except TransferError as error:
+            raise _failed(error, self._target) from error
+        except grpc.aio.AioRpcError as error:
+            raise _from_status(error, self._target) from error
+        self._committed = True
+        self._peer.drop(self._transfer_id)
+
+    async def close(self) -> None:
+        """Gives up what is held at the receiver unless committed; afterwards no page here is read any more."""
+        self._closed = True
+        if not self.failed.cancel() and not self.failed.cancelled():
+            self.failed.exception()  # the caller has heard, or no longer listens
+        if self._reserving is not None and not self._reserving.done():
+            self._reserving.cancel()
+            await asyncio.gather(self._reserving, return_exceptions=True)
+        if self._outgoing is not None:
+            if not self._committed:
+                self._outgoing.abort("given up")
+            await self._outgoing.wait_closed()
+        if self._peer is not None and self._transfer_id and not self._committed:
+            self._peer.drop(self._transfer_id)
+            request = kv.ReleaseRequest(transfer_id=self._transfer_id, reason="given up by the prefill worker")
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await self._peer.stub.Release(request, timeout=RELEASE_TIMEOUT_S)
+
+    def _start_reserving(self) -> None:
+        if not self._closed and self._reserving is None:
+            self._reserving = asyncio.create_task(self._reserve())
+
+    async def _reserve(self) -> None:
+        try:
+            self._peer = await self._peers.connect(self._target)
+            answer = await self._peer.stub.Reserve(
+                kv.ReserveRequest(
+                    run_id=self._run_id,
+                    attempt=self._attempt,
+                    source=self._peers.source,
+                    target=self._target,
+                    num_tokens=len(self._request.token_ids),
+                ),
+                timeout=self._reserve_timeout_s,
+            )
+        except PeerIncompatible as error:
+            self._fail(HandoffFailed(inference_pb2.ERROR_REASON_INCOMPATIBLE_WORKERS, str(error), False))
+        except PeerUnavailable as error:
+            self._fail(HandoffFailed(inference_pb2.ERROR_REASON_DECODE_WORKER_LOST, str(error), True))
+        except grpc.aio.AioRpcError as error:
+            self._fail(_from_status(error, self._target))
+        else:
+            self._transfer_id = answer.transfer_id
+            self.cached_tokens = answer.cached_tokens
+            lease_s = answer.lease_ms / 1000
+            self._peer.hold(answer.transfer_id, lease_s, self._peers.source, self._lease_lost)
+            self._outgoing = self._sender.open(self._peer.address, answer.transfer_id)
+            self._engine.grant(self._request.id, answer.cached_tokens // self._engine.layout.block_size)
+
+    def _lease_lost(self) -> None:
+        message = f"the lease of the pages at {self._target.worker_id} is over"
+        self._fail(HandoffFailed(inference_pb2.ERROR_REASON_KV_TRANSFER_FAILED, message, True))
+
+    def _fail(self, error: HandoffFailed) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+    def _commit_request(self, manifest: Manifest, first_tokens: Sequence[kv.AdoptedToken]) -> kv.CommitRequest:
+        return kv.CommitRequest(
+            transfer_id=self._transfer_id,
+            num_tokens=len(self._request.token_ids),
+            token_hash=token_hash(self._request.token_ids),
+            num_chunks=manifest.num_chunks,
+            num_bytes=manifest.num_bytes,
+            digest=manifest.digest,
+            first_tokens=first_tokens,
+        )
+
+
+def _failed(error: TransferError, target: kv.WorkerRef) -> HandoffFailed:
+    reason = (
+        inference_pb2.ERROR_REASON_KV_TRANSFER_CORRUPT
+        if isinstance(error, TransferCorrupt)
+        else inference_pb2.ERROR_REASON_KV_TRANSFER_FAILED
+    )
+    return HandoffFailed(reason, f"KV transfer to {target.worker_id}: {error}", True)
+
+
+def _from_status(error: grpc.aio.AioRpcError, target: kv.WorkerRef) -> HandoffFailed:
+    """What a refused Reserve or Commit means for the run."""
+    code, text = error.code(), f"{target.worker_id}: {error.details()}"
+    if code == grpc.StatusCode.FAILED_PRECONDITION:
+        return HandoffFailed(inference_pb2.ERROR_REASON_INCOMPATIBLE_WORKERS, text, False)
+    if code == grpc.StatusCode.DATA_LOSS:
+        return HandoffFailed(inference_pb2.ERROR_REASON_KV_TRANSFER_CORRUPT, text, True)
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return HandoffFailed(inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, text, False)
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return HandoffFailed(inference_pb2.ERROR_REASON_DECODE_WORKER_LOST, text, True)
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return HandoffFailed(inference_pb2.ERROR_REASON_KV_TRANSFER_FAILED, f"{text} (no answer in time)", True)
+    return HandoffFailed(inference_pb2.ERROR_REASON_KV_TRANSFER_FAILED, f"{code.name}: {text}", True)

@@ -1,0 +1,152 @@
+"""The decode workers a prefill worker hands KV to: membership, handshake, leases.
+
+A peer is one incarnation of a worker. Its address comes from membership, never from a request; a restarted worker is
+a new peer with a new handshake.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+
+import grpc
+
+from protos import kv_transfer_pb2 as kv
+from protos import kv_transfer_pb2_grpc as kv_grpc
+from protos import worker_pb2
+from protos.grpc_options import CHANNEL_OPTIONS
+
+PROTOCOL_VERSION = 1
+HANDSHAKE_TIMEOUT_S = 5.0
+# Membership reaches the router and the workers at about the same time, not at the same instant.
+MEMBERSHIP_LAG_S = 2.0
+
+
+class PeerUnavailable(Exception):
+    """The decode worker is not a member, or does not answer."""
+
+
+class PeerIncompatible(Exception):
+    """The decode worker's KV means something else: model, weights, dtype, layout, transport or protocol differ."""
+
+
+class Peer:
+    """A channel to one incarnation of a decode worker, past its handshake, and the leases held there."""
+
+    def __init__(self, ref: kv.WorkerRef, address: str, channel: grpc.aio.Channel):
+        self.ref = ref
+        self.address = address
+        self.stub = kv_grpc.KvTransferServiceStub(channel)
+        self._channel = channel
+        self._leases: dict[bytes, Callable[[], None]] = {}
+        self._renewing: asyncio.Task | None = None
+
+    def hold(self, transfer_id: bytes, lease_s: float, source: kv.WorkerRef, lost: Callable[[], None]) -> None:
+        """Renew the ticket's lease until `drop`; `lost` is called once if the receiver says it is over."""
+        self._leases[transfer_id] = lost
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._renew(source, lease_s / 4))
+
+    def drop(self, transfer_id: bytes) -> None:
+        self._leases.pop(transfer_id, None)
+
+    async def _renew(self, source: kv.WorkerRef, period_s: float) -> None:
+        """Runs while leases are held. A peer that cannot be reached lets them expire; the push notices its death."""
+        while self._leases:
+            await asyncio.sleep(period_s)
+            if not self._leases:
+                return
+            request = kv.HeartbeatRequest(source=source, transfer_ids=list(self._leases))
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                answer = await self.stub.Heartbeat(request, timeout=period_s)
+                for transfer_id in answer.unknown_transfer_ids:
+                    lost = self._leases.pop(transfer_id, None)
+                    if lost is not None:
+                        lost()
+
+    async def close(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+        await self._channel.close()
+
+
+class Peers:
+    """Membership and the open peers; `connect` gives the handshaken peer for a reference."""
+
+    def __init__(self, source: kv.WorkerRef, layout: kv.KvLayout, transport: str):
+        self.source = source
+        self._layout = layout
+        self._transport = transport
+        self._members: dict[str, worker_pb2.Member] = {}
+        self._changed = asyncio.Condition()
+        self._connecting: dict[tuple[str, str], asyncio.Task[Peer]] = {}
+        self._tasks: set[asyncio.Task] = set()
+
+    def set_members(self, members: Iterable[worker_pb2.Member]) -> None:
+        """On the loop. Channels to incarnations that left are closed; their transfers have died or soon will."""
+        self._members = {member.worker_id: member for member in members}
+        for key in [key for key in self._connecting if not self._is_member(*key)]:
+            self._spawn(self._close(self._connecting.pop(key)))
+        self._spawn(self._announce())
+
+    def find(self, worker_id: str) -> kv.WorkerRef:
+        """Raises PeerUnavailable."""
+        member = self._members.get(worker_id)
+        if member is None:
+            raise PeerUnavailable(f"worker {worker_id} is not a member; members: {sorted(self._members)}")
+        return kv.WorkerRef(worker_id=worker_id, incarnation=member.incarnation)
+
+    async def connect(self, ref: kv.WorkerRef) -> Peer:
+        """Raises PeerUnavailable or PeerIncompatible."""
+        key = (ref.worker_id, ref.incarnation)
+        try:
+            async with asyncio.timeout(MEMBERSHIP_LAG_S), self._changed:
+                await self._changed.wait_for(lambda: self._is_member(*key))
+        except TimeoutError:
+            raise PeerUnavailable(f"worker {ref.worker_id} ({ref.incarnation}) is not a member") from None
+        task = self._connecting.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._connecting[key] = asyncio.create_task(self._handshake(ref))
+        return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        for task in self._connecting.values():
+            await self._close(task)
+        self._connecting.clear()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _handshake(self, ref: kv.WorkerRef) -> Peer:
+        address = self._members[ref.worker_id].address
+        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        peer = Peer(ref, address, channel)
+        request = kv.HandshakeRequest(
+            source=self.source, protocol_version=PROTOCOL_VERSION, layout=self._layout, transport=self._transport
+        )
+        try:
+            answer = await peer.stub.Handshake(request, timeout=HANDSHAKE_TIMEOUT_S, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            await peer.close()
+            if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+                raise PeerIncompatible(error.details()) from error
+            raise PeerUnavailable(f"worker {ref.worker_id} at {address}: {error.code().name}") from error
+        if answer.target != ref:
+            await peer.close()
+            raise PeerUnavailable(f"{address} is worker {answer.target.worker_id} ({answer.target.incarnation})")
+        return peer
+
+    async def _announce(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _close(self, task: asyncio.Task[Peer]) -> None:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, PeerUnavailable, PeerIncompatible):
+            await (await task).close()
+
+    def _is_member(self, worker_id: str, incarnation: str) -> bool:
+        member = self._members.get(worker_id)
+        return member is not None and member.incarnation == incarnation
+
+    def _spawn(self, coroutine) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,160 @@
+"""The prefill half of a request's life.
+
+Life of a request here
+1. Prefill(request, target) arrives; the engine takes the prompt as a gated sink prompt.
+2. Its turn comes near: the engine asks (`wanted`), pages are reserved at the target, the gate opens (`grant`).
+3. The prompt is computed in chunks beside others; each finished layer range is pushed while the next is computed.
+4. The first token of each sequence is sampled and goes to the router at once.
+5. Commit carries the manifest; the target verifies it and adopts.
+6. The prompt's blocks here are released and stay as prefix cache.
+A run whose sequences all end with their first token gives its pages up instead of step 5.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from engine.dispatch import Dispatcher
+from engine.engine import Engine
+from engine.request import Event, Failed, Request, Started, Token
+from engine.wire import first_token_to_pb, request_from_pb
+from kv_transfer.base import Sender
+from prefill_worker.handoff import Handoff, HandoffFailed
+from prefill_worker.peers import Peers
+from protos import inference_pb2, worker_pb2, worker_pb2_grpc
+from protos import kv_transfer_pb2 as kv
+
+
+class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
+    """PrefillService over an engine. `draining` refuses new runs; `idle` is set while none is here."""
+
+    def __init__(self, engine: Engine, dispatcher: Dispatcher, peers: Peers, sender: Sender, transport: str):
+        self._engine = engine
+        self._dispatcher = dispatcher
+        self._peers = peers
+        self._sender = sender
+        self._transport = transport
+        self._closing: set[asyncio.Task] = set()
+        self.draining = False
+        self.num_runs = 0
+        self.num_handoffs = 0
+        self.bytes_sent = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    async def Prefill(
+        self, message: worker_pb2.PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.PrefillEvent]:
+        if self.draining:
+            yield _failed(inference_pb2.ERROR_REASON_DRAINING, "the prefill worker is draining", True)
+            return
+        try:
+            request = request_from_pb(message.request)
+        except ValueError as error:
+            yield _failed(inference_pb2.ERROR_REASON_INVALID_PARAMETER, str(error), False)
+            return
+        self.num_runs += 1
+        self.idle.clear()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self._dispatcher.add(request.id, events.put_nowait)
+        handoff = self._handoff(message, request) if message.HasField("target") else None
+        try:
+            try:
+                self._engine.submit(request, handoff)
+            except ValueError as error:
+                yield _failed(inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, str(error), False)
+                return
+            async for event in self._run(request, handoff, events):
+                yield event
+        except HandoffFailed as error:
+            yield _failed(error.reason, error.message, error.retryable)
+        finally:
+            # The handler may be running because the call was cancelled: what is held must still be given back, and in
+            # order, so it is a task of its own.
+            task = asyncio.create_task(self._close(request, handoff))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    async def _run(
+        self, request: Request, handoff: Handoff | None, events: asyncio.Queue[Event]
+    ) -> AsyncIterator[worker_pb2.PrefillEvent]:
+        loop = asyncio.get_running_loop()
+        started_at = loop.time()
+        tokens: list[Token] = []
+        while len(tokens) < request.sampling.num_sequences:
+            match await _next_event(events, handoff):
+                case Started(num_cached_tokens=num_cached):
+                    started_at = loop.time()
+                    yield worker_pb2.PrefillEvent(started=worker_pb2.PrefillStarted(cached_tokens=num_cached))
+                case Token() as token:
+                    tokens.append(token)
+                case Failed(reason=reason, message=text):
+                    yield _failed(inference_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}"), text, False)
+                    return
+        tokens.sort(key=lambda token: token.sequence_index)
+        first = worker_pb2.FirstTokens(tokens=[first_token_to_pb(token, request.sampling.seed) for token in tokens])
+        first.prefill.FromNanoseconds(int((loop.time() - started_at) * 1e9))
+        yield worker_pb2.PrefillEvent(first_tokens=first)
+        if handoff is None:
+            return
+        if any(token.finish is None for token in tokens):
+            await handoff.commit(
+                [kv.AdoptedToken(token_id=token.token_id, finished=token.finish is not None) for token in tokens]
+            )
+        self.bytes_sent += handoff.num_bytes
+        yield worker_pb2.PrefillEvent(
+            transferred=worker_pb2.Transferred(
+                num_bytes=handoff.num_bytes, transport=self._transport, cached_tokens=handoff.cached_tokens
+            )
+        )
+
+    async def _close(self, request: Request, handoff: Handoff | None) -> None:
+        self._dispatcher.remove(request.id)
+        try:
+            if handoff is not None:
+                await handoff.close()
+        finally:
+            # Only now may the pages be handed to others: the transport no longer reads them.
+            self._engine.abort(request.id)
+            self._engine.release(request.id)
+            self.num_handoffs -= handoff is not None
+            self.num_runs -= 1
+            if self.num_runs == 0:
+                self.idle.set()
+
+    def _handoff(self, message: worker_pb2.PrefillRequest, request: Request) -> Handoff:
+        self.num_handoffs += 1
+        run = message.request
+        return Handoff(
+            engine=self._engine,
+            peers=self._peers,
+            sender=self._sender,
+            request=request,
+            run=(run.run_id, run.attempt),
+            target=message.target,
+            reserve_timeout_s=run.remaining.ToSeconds() + 1.0 if run.HasField("remaining") else None,
+        )
+
+
+async def _next_event(events: asyncio.Queue[Event], handoff: Handoff | None) -> Event:
+    """The engine's next event, or the hand-off's failure if that comes first. Raises HandoffFailed."""
+    if handoff is None:
+        return await events.get()
+    getting = asyncio.ensure_future(events.get())
+    try:
+        await asyncio.wait((getting, handoff.failed), return_when=asyncio.FIRST_COMPLETED)
+        if handoff.failed.done():
+            handoff.failed.result()
+        return getting.result()
+    finally:
+        getting.cancel()
+
+
+def _failed(
+    reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool
+) -> worker_pb2.PrefillEvent:
+    return worker_pb2.PrefillEvent(failed=worker_pb2.Failed(reason=reason, message=message, retryable=retryable))
