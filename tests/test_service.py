@@ -1,0 +1,217 @@
+"""The whole service in one process: router, prefill and decode workers over real gRPC."""
+
+import asyncio
+
+import grpc
+import pytest
+
+from protos import inference_pb2 as pb
+from tests.references import load
+from tests.service import collect, request, service
+
+DUMMY = {"load_format": "dummy", "num_blocks": 128}
+
+
+@pytest.mark.parametrize("transport", ["local", "grpc"])
+async def test_greedy_tokens_are_those_of_transformers(smollm2, transport):
+    """A few prompts here; all twenty, over processes, in test_deployment.py."""
+    rows = load()[:6]
+    async with service(smollm2, transport=transport, engine={"max_num_batched_tokens": 64}) as s:
+        answers = await asyncio.gather(*(s.generate(request(row["prompt"], 32)) for row in rows))
+        for row, answer in zip(rows, answers, strict=True):
+            assert answer.token_ids[0] == row["output"], row["question"]
+            assert answer.timings.kv_transport == transport
+        sent = s.worker("prefill").status()["kv_bytes_sent"]
+        block_bytes = s.worker("prefill").engine.layout.block_bytes
+        assert sent == sum(-(-len(row["prompt"]) // 16) for row in rows) * block_bytes - saved(answers, block_bytes)
+        assert sent == s.worker("decode").status()["kv_bytes_received"]
+        assert sent == sum(answer.timings.kv_transfer_bytes for answer in answers)
+
+
+def saved(answers, block_bytes: int) -> int:
+    """Bytes the decode worker's prefix cache made unnecessary."""
+    return sum(answer.timings.decode_cached_tokens // 16 for answer in answers) * block_bytes
+
+
+async def test_sampled_tokens_do_not_depend_on_company_or_deployment(smollm2):
+    prompt = load()[2]["prompt"]
+    asked = request(prompt, 12, temperature=0.9, seed=7, num_sequences=2, ignore_eos=True)
+    others = [request(row["prompt"], 12, temperature=1.0, seed=i) for i, row in enumerate(load()[:3])]
+    async with service(smollm2) as s:
+        alone = await s.generate(asked)
+        in_company, *_ = await asyncio.gather(s.generate(asked), *(s.generate(other) for other in others))
+    async with service(smollm2, prefill=0, decode=0, both=1) as s:
+        colocated = await s.generate(asked)
+        assert colocated.timings.local_prefill and colocated.timings.kv_transfer_bytes == 0
+    assert alone.token_ids == in_company.token_ids == colocated.token_ids
+    assert alone.token_ids[0] != alone.token_ids[1]
+    assert len(alone.token_ids[0]) == 12
+
+
+async def test_second_turn_computes_and_sends_only_what_is_new(tiny):
+    async with service(tiny, engine=DUMMY) as s:
+        first = list(range(100, 100 + 70))
+        answer = await s.generate(request(first, 20, ignore_eos=True))
+        second = first + answer.token_ids[0] + list(range(500, 510))
+        before = {w.role: w.status() for w in s.workers}
+        again = await s.generate(request(second, 4, ignore_eos=True))
+        after = {w.role: w.status() for w in s.workers}
+        # Prefill has cached the first prompt's whole blocks (64 of 70 tokens); decode those and what it generated:
+        # 70 + 19 tokens have KV there, 80 in whole blocks. The second prompt has 100 tokens in 7 blocks.
+        assert again.prompt_info.num_cached_tokens == 64
+        assert after["prefill"]["prompt_tokens_computed"] - before["prefill"]["prompt_tokens_computed"] == 100 - 64
+        assert again.timings.decode_cached_tokens == 80
+        block_bytes = s.worker("decode").engine.layout.block_bytes
+        assert again.timings.kv_transfer_bytes == 2 * block_bytes
+        salted = request(second, 4, ignore_eos=True, cache=pb.CacheOptions(cache_salt="other"))
+        other = await s.generate(salted)
+        assert other.prompt_info.num_cached_tokens == 0 and other.timings.decode_cached_tokens == 0
+        assert other.token_ids == again.token_ids
+        bypass = request(second, 4, ignore_eos=True, cache=pb.CacheOptions(bypass_prefix_cache=True))
+        assert (await s.generate(bypass)).prompt_info.num_cached_tokens == 0
+
+
+async def test_tiny_pools_finish_everything_with_preemptions(tiny):
+    """Twelve requests of up to 7 blocks each over pools of 12: nothing deadlocks, nothing differs."""
+    asked = [request(list(range(50 * i, 50 * i + 33 + i)), 60, seed=i, ignore_eos=True) for i in range(12)]
+    async with service(tiny, engine=DUMMY) as s:
+        expected = [await s.generate(one) for one in asked]
+    small = {**DUMMY, "num_blocks": 12, "max_model_len": 150}
+    async with service(tiny, engine=small) as s:
+        answers = await asyncio.gather(*(s.generate(one) for one in asked))
+        assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
+        assert s.worker("decode").status()["preemptions"] > 0
+        assert sum(answer.timings.preemptions for answer in answers) == s.worker("decode").status()["preemptions"]
+
+
+async def test_a_request_that_can_never_fit_is_refused_at_once(tiny):
+    async with service(tiny, engine={**DUMMY, "num_blocks": 32}, decode_engine={"num_blocks": 8}) as s:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await s.generate(request(list(range(200)), 8))
+        assert refused.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
+        assert (await s.generate(request([1, 2, 3], 4, ignore_eos=True))).usage.completion_tokens == 4
+
+
+async def test_one_token_moves_no_kv(tiny):
+    async with service(tiny, engine=DUMMY) as s:
+        answer = await s.generate(request(list(range(40)), 1))
+        assert answer.usage.completion_tokens == 1
+        assert answer.timings.kv_transfer_bytes == 0 and answer.timings.decode_worker == ""
+        assert s.worker("decode").status()["kv_bytes_received"] == 0
+
+
+async def test_end_of_sequence_as_first_token_adopts_nothing(tiny):
+    async with service(tiny, engine=DUMMY) as s:
+        forced = request(list(range(40)), 8, sampling=pb.SamplingParams(logit_bias={2: 100.0}))
+        answer = await s.generate(forced)
+        assert answer.finish[0].eos_token_id == 2 and answer.usage.completion_tokens == 1
+        assert answer.timings.kv_transfer_bytes == s.worker("prefill").status()["kv_bytes_sent"]
+        await s.settle()
+        assert s.worker("decode").status()["tokens_generated"] == 0
+
+
+async def test_many_sequences_of_one_prompt_move_its_kv_once(tiny):
+    async with service(tiny, engine=DUMMY) as s:
+        answer = await s.generate(request(list(range(40)), 10, temperature=1.0, num_sequences=4, ignore_eos=True))
+        assert answer.timings.kv_transfer_bytes == 3 * s.worker("decode").engine.layout.block_bytes
+        assert [len(ids) for ids in answer.token_ids] == [10] * 4
+        assert len({tuple(ids) for ids in answer.token_ids}) == 4
+
+
+async def test_logprobs_come_with_every_token(tiny):
+    async with service(tiny, engine=DUMMY) as s:
+        asked = request(list(range(40)), 6, ignore_eos=True, response=pb.ResponseOptions(logprobs=3))
+        answer = await s.generate(asked)
+        assert [entry.token_id for entry in answer.logprobs] == answer.token_ids[0]
+        for entry in answer.logprobs:
+            assert entry.rank == 1 and len(entry.top) == 3 and entry.top[0].token_id == entry.token_id
+            assert entry.logprob == entry.top[0].logprob <= 0
+
+
+class TestEndsEarly:
+    """Wherever a request stands when its caller goes away, both workers stop and everything comes back."""
+
+    async def test_cancelled_while_queued_for_pages(self, tiny):
+        small = {**DUMMY, "num_blocks": 12, "max_model_len": 150}
+        async with service(tiny, engine=small) as s:
+            running = asyncio.create_task(s.generate(request(list(range(100)), 50, ignore_eos=True)))
+            queued = [s.stub.GenerateStream(request(list(range(i, i + 90)), 50, ignore_eos=True)) for i in range(6)]
+            readers = [asyncio.create_task(collect(call)) for call in queued]
+            await asyncio.sleep(0.1)
+            for call in queued:
+                call.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+            assert (await running).usage.completion_tokens == 50
+
+    @pytest.mark.parametrize("after_s", [0.0, 0.05, 0.2, 0.4, 0.6, 0.8])
+    async def test_cancelled_at_any_moment(self, smollm2, after_s):
+        """A 288-token prompt takes about half a second here: these moments fall into prefill, transfer and decode."""
+        async with service(smollm2, engine={"max_num_batched_tokens": 64}) as s:
+            call = s.stub.GenerateStream(request(load()[18]["prompt"], 200, ignore_eos=True))
+            reader = asyncio.create_task(collect(call))
+            await asyncio.sleep(after_s)
+            call.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            await s.settle(5.0)
+
+    @pytest.mark.parametrize("num_messages", [1, 2, 10])
+    async def test_cancelled_after_some_messages(self, tiny, num_messages):
+        async with service(tiny, engine=DUMMY) as s:
+            call = s.stub.GenerateStream(request(list(range(40)), 1000, ignore_eos=True))
+            for _ in range(num_messages):
+                await call.read()
+            call.cancel()
+            await s.settle(5.0)
+
+    async def test_client_disconnects(self, tiny):
+        async with service(tiny, engine=DUMMY) as s:
+            async with grpc.aio.insecure_channel(s.router.address) as channel:
+                stub = type(s.stub)(channel)
+                await stub.GenerateStream(request(list(range(40)), 1000, ignore_eos=True)).read()
+            await s.settle(5.0)
+
+    async def test_deadline(self, tiny):
+        async with service(tiny, engine=DUMMY) as s:
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await s.generate(request(list(range(40)), 1900, ignore_eos=True), timeout=0.4)
+            assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            await s.settle(5.0)
+
+    async def test_abort_call(self, tiny):
+        async with service(tiny, engine=DUMMY) as s:
+            asked = request(list(range(40)), 1900, ignore_eos=True, request_id="stop-me")
+            call = s.stub.GenerateStream(asked)
+            await call.read()
+            aborted = await s.stub.Abort(pb.AbortRequest(request_ids=["stop-me", "unknown"]), timeout=5.0)
+            assert aborted.aborted == 1
+            last = None
+            async for message in call:
+                last = message
+            assert last.finish_info.finish_reason == pb.FINISH_REASON_ABORTED
+            await s.settle(5.0)
+
+
+async def test_mismatched_pools_refuse_each_other_with_both_layouts(tiny):
+    async with service(tiny, engine=DUMMY, decode_engine={"block_size": 32}) as s:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await s.generate(request(list(range(40)), 8))
+        assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "blocks of 16" in refused.value.details() and "blocks of 32" in refused.value.details()
+
+
+async def test_canary_checks_a_pair_end_to_end(tiny):
+    async with service(tiny, engine=DUMMY) as s:
+        result = await s.worker("prefill").canary("decode-1", 8)
+        assert result["ok"], result["error"]
+        assert result["bytes"] == 8 * s.worker("decode").engine.layout.block_bytes
+        missing = await s.worker("prefill").canary("nobody", 8)
+        assert not missing["ok"] and "nobody" in missing["error"]
+
+
+async def test_load_of_many_small_requests(tiny):
+    async with service(tiny, prefill=2, decode=2, engine=DUMMY) as s:
+        asked = [request([7 * i % 1000 + j for j in range(5 + i % 40)], 1 + i % 9, seed=i) for i in range(150)]
+        answers = await asyncio.gather(*(s.generate(one) for one in asked))
+        assert all(answer.usage.completion_tokens >= 1 for answer in answers)
+        used = {answer.timings.prefill_worker for answer in answers}
+        assert used == {"prefill-0", "prefill-1"}
