@@ -1,0 +1,144 @@
+"""The vocabulary of KV transfer: errors, chunk headers, manifests, and what every transport implements.
+
+    TransferError                  a transfer ended without its pages becoming visible
+    ├── TransferRefused            the ticket is unknown, expired, used before, or not this peer's
+    ├── TransferBroken             the peer is gone, stalled, or broke the order of the stream
+    └── TransferCorrupt            bytes arrived that are not the bytes that were read
+
+Ranges, here and on the wire: logical blocks count from 0 along the prompt; layers from 0. A chunk holds a rectangle
+
+    blocks [block_start, block_start + block_count)  x  layers [layer_start, layer_start + layer_count)
+
+as, for each block in order, the contiguous bytes of its layers. The chunks of a transfer cover
+[first_block, num_blocks) x [0, num_layers) exactly once, in any order of rectangles, numbered 0, 1, 2, ... as sent.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kv_transfer.memory import BlockMemory as BlockMemory
+
+
+class TransferError(Exception):
+    """A transfer ended without its pages becoming visible."""
+
+
+class TransferRefused(TransferError):
+    """The ticket is unknown, expired, used before, or granted to another peer."""
+
+
+class TransferBroken(TransferError):
+    """The peer is gone, made no progress, or sent chunks out of order or range."""
+
+
+class TransferCorrupt(TransferError):
+    """Checksum or manifest does not match what was read at the sender."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkHeader:
+    """One chunk's place and checksum; its packed form goes on the wire and into the manifest's digest."""
+
+    sequence: int
+    layer_start: int
+    layer_count: int
+    block_start: int
+    block_count: int
+    num_bytes: int  # of the chunk's bytes, wherever they travel
+    crc32c: int  # of the same bytes
+
+    # Little-endian, in order; the layers u16, the others u32.
+    STRUCT = struct.Struct("<IHHIIII")
+
+    def pack(self) -> bytes:
+        return self.STRUCT.pack(
+            self.sequence,
+            self.layer_start,
+            self.layer_count,
+            self.block_start,
+            self.block_count,
+            self.num_bytes,
+            self.crc32c,
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes, offset: int = 0) -> "ChunkHeader":
+        return cls(*cls.STRUCT.unpack_from(data, offset))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a whole transfer consisted of. Equal at both sides, or nothing becomes visible."""
+
+    num_chunks: int
+    num_bytes: int
+    digest: bytes  # SHA-256 over the packed chunk headers in order of sequence
+
+
+class ManifestBuilder:
+    """Adds chunks in order of sequence; `manifest()` is what they amount to so far."""
+
+    __slots__ = ("_sha256", "num_bytes", "num_chunks")
+
+    def __init__(self) -> None:
+        self.num_chunks = 0
+        self.num_bytes = 0
+        self._sha256 = hashlib.sha256()
+
+    def add(self, header: ChunkHeader) -> None:
+        assert header.sequence == self.num_chunks
+        self._sha256.update(header.pack())
+        self.num_chunks += 1
+        self.num_bytes += header.num_bytes
+
+    def manifest(self) -> Manifest:
+        return Manifest(self.num_chunks, self.num_bytes, self._sha256.digest())
+
+
+class Outgoing(Protocol):
+    """One transfer at the sender. `push` and `abort` may be called on any thread and never block."""
+
+    def push(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
+        """Queues local pages `block_ids`, the logical blocks from `block_start`, layers [layer_start, layer_stop).
+
+        They must be final, and stay so until `finish` returns or `wait_closed` does: they are read later, elsewhere.
+        Order is kept. A transfer that has failed ignores it; `finish` tells why.
+        """
+
+    async def finish(self) -> Manifest:
+        """Ends the stream; returns when every byte pushed lies in the receiver's pages. Raises TransferError."""
+
+    def abort(self, reason: str) -> None:
+        """Gives up. Idempotent, without effect on a finished transfer."""
+
+    async def wait_closed(self) -> None:
+        """Returns when the transfer is over, however it ended, and no local page will be read any more."""
+
+
+class Sender(Protocol):
+    """Opens transfers to peers over one transport. Made and used on one event loop."""
+
+    def open(self, address: str, transfer_id: bytes, max_chunk_bytes: int | None = None) -> Outgoing:
+        """Starts a transfer under a ticket of the receiver at `address`; chunks are at most `max_chunk_bytes` long,
+        the smaller of the receiver's limit and ours."""
+
+    async def close(self) -> None:
+        """Aborts what is open, waits until no page is read, closes connections."""
+
+
+class ObjectStore(Protocol):
+    """Memory shared with the peer outside our sockets: Ray's object store in `cluster`, a dict in tests."""
+
+    def put(self, arrays: Sequence[np.ndarray]) -> bytes:
+        """Copies the arrays' bytes, one after the other, into an object; returns its token. Kept until `drop`."""
+
+    def get(self, token: bytes, timeout_s: float) -> list[np.ndarray]:
+        """The object's bytes, read-only, as one or more uint8 arrays. Blocks; raises TransferBroken."""
+
+    def drop(self, token: bytes) -> None:
+        """Lets go of an object that `put` made here. Idempotent."""

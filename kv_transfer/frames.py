@@ -1,0 +1,141 @@
+"""Frames of /pdserve.v1.KvTransferService/Push: one gRPC message each, little-endian, no protobuf.
+
+    offset size
+      0     2   magic "KV"
+      2     1   version, 1
+      3     1   kind: 1 BEGIN, 2 CHUNK, 3 TOKEN, 4 END
+      4    16   transfer id
+     20     4   sequence           ─┐
+     24     2   layer_start         │
+     26     2   layer_count         │ ChunkHeader; in BEGIN and END
+     28     4   block_start         │ only num_bytes and crc32c are
+     32     4   block_count         │ used, of the payload below
+     36     4   num_bytes           │
+     40     4   crc32c             ─┘
+     44     …   payload
+
+    BEGIN   u16 length + UTF-8 worker id, u16 length + UTF-8 incarnation, of the sender
+    CHUNK   the chunk's bytes
+    TOKEN   u32 crc32c of the token, then the token under which an object store has the chunk's bytes
+    END     u32 number of chunks, u64 number of bytes
+
+A stream is BEGIN, chunks numbered from 0, END; all with one transfer id. The receiver answers with acknowledgements,
+u32 each: the number of chunks placed so far. One for every TOKEN, so that the sender can let go of the object, and
+one for END, which is the last message of the stream.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from kv_transfer.base import ChunkHeader, TransferBroken, TransferCorrupt
+from kv_transfer.checksum import crc32c
+
+_PREFIX = struct.Struct("<2sBB16s")
+_MAGIC, _VERSION = b"KV", 1
+_END = struct.Struct("<IQ")
+_U32 = struct.Struct("<I")
+HEADER_BYTES = _PREFIX.size + ChunkHeader.STRUCT.size
+MAX_TOKEN_BYTES = 4096
+
+
+class Kind(IntEnum):
+    BEGIN = 1
+    CHUNK = 2
+    TOKEN = 3
+    END = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    kind: Kind
+    transfer_id: bytes
+    header: ChunkHeader
+    payload: np.ndarray  # uint8, a view of the message
+
+    @classmethod
+    def parse(cls, message: bytes) -> "Frame":
+        """Raises TransferBroken for what is no frame of this version, TransferCorrupt for a damaged BEGIN or END.
+
+        A CHUNK's payload is not checked here: the receiver does so where it places it.
+        """
+        if len(message) < HEADER_BYTES:
+            raise TransferBroken(f"frame of {len(message)} bytes: at least {HEADER_BYTES} needed")
+        magic, version, kind, transfer_id = _PREFIX.unpack_from(message)
+        if magic != _MAGIC or version != _VERSION or kind not in Kind.__members__.values():
+            raise TransferBroken(f"frame starts with {message[:4]!r}: not a frame of version {_VERSION}")
+        header = ChunkHeader.unpack(message, _PREFIX.size)
+        payload = np.frombuffer(message, np.uint8, offset=HEADER_BYTES)
+        frame = cls(Kind(kind), transfer_id, header, payload)
+        if frame.kind in (Kind.BEGIN, Kind.END) and (header.num_bytes, header.crc32c) != (
+            len(payload),
+            crc32c([payload]),
+        ):
+            raise TransferCorrupt(f"{frame.kind.name} frame's checksum differs")
+        return frame
+
+    def source(self) -> tuple[str, str]:
+        """Of a BEGIN frame: worker id and incarnation."""
+        data = self.payload.tobytes()
+        try:
+            size = int.from_bytes(data[:2], "little")
+            worker_id, rest = data[2 : 2 + size], data[2 + size :]
+            size = int.from_bytes(rest[:2], "little")
+            return worker_id.decode(), rest[2 : 2 + size].decode()
+        except UnicodeDecodeError as error:
+            raise TransferBroken(f"BEGIN names a source that is no UTF-8: {error}") from None
+
+    def token(self) -> bytes:
+        """Of a TOKEN frame. A damaged token could name no object at all, and waiting for it would never end."""
+        if not 4 < len(self.payload) <= 4 + MAX_TOKEN_BYTES:
+            raise TransferBroken(f"token of {len(self.payload) - 4} bytes: must be in [1, {MAX_TOKEN_BYTES}]")
+        token = self.payload[4:]
+        if int.from_bytes(self.payload[:4].tobytes(), "little") != crc32c([token]):
+            raise TransferCorrupt(f"token of chunk {self.header.sequence}: checksum differs")
+        return token.tobytes()
+
+    def counts(self) -> tuple[int, int]:
+        """Of an END frame: number of chunks, number of bytes."""
+        if len(self.payload) != _END.size:
+            raise TransferBroken(f"END payload of {len(self.payload)} bytes: must be {_END.size}")
+        return _END.unpack(self.payload.tobytes())
+
+
+def begin_frame(transfer_id: bytes, source: tuple[str, str]) -> bytes:
+    payload = b"".join(struct.pack("<H", len(part)) + part for part in (name.encode() for name in source))
+    return _frame(Kind.BEGIN, transfer_id, _plain_header(payload), [payload])
+
+
+def chunk_frame(transfer_id: bytes, header: ChunkHeader, pages: Sequence[np.ndarray]) -> bytes:
+    """The one copy between the pages and gRPC: header and pages joined into a message."""
+    return _frame(Kind.CHUNK, transfer_id, header, [page.data for page in pages])
+
+
+def token_frame(transfer_id: bytes, header: ChunkHeader, token: bytes) -> bytes:
+    return _frame(Kind.TOKEN, transfer_id, header, [_U32.pack(crc32c([np.frombuffer(token, np.uint8)])), token])
+
+
+def end_frame(transfer_id: bytes, num_chunks: int, num_bytes: int) -> bytes:
+    payload = _END.pack(num_chunks, num_bytes)
+    return _frame(Kind.END, transfer_id, _plain_header(payload), [payload])
+
+
+def pack_ack(num_chunks: int) -> bytes:
+    return _U32.pack(num_chunks)
+
+
+def parse_ack(message: bytes) -> int:
+    if len(message) != _U32.size:
+        raise TransferBroken(f"acknowledgement of {len(message)} bytes: must be {_U32.size}")
+    return _U32.unpack(message)[0]
+
+
+def _plain_header(payload: bytes) -> ChunkHeader:
+    return ChunkHeader(0, 0, 0, 0, 0, len(payload), crc32c([np.frombuffer(payload, np.uint8)]))
+
+
+def _frame(kind: Kind, transfer_id: bytes, header: ChunkHeader, parts: Sequence[bytes | memoryview]) -> bytes:
+    return b"".join([_PREFIX.pack(_MAGIC, _VERSION, kind, transfer_id), header.pack(), *parts])

@@ -1,0 +1,78 @@
+"""A pool of KV blocks as transports see it: rows of bytes with a table of layer offsets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMemory:
+    """All blocks of one worker.
+
+        block_id ──►  | layer 0 | layer 1 | ... | layer L-1 | (padding)
+                      ^offsets[0]  ^offsets[1]              ^offsets[L]
+
+    CPU pages are read and written in place; CUDA pages are staged through host memory a chunk at a time, synchronously,
+    so whoever pushes them has waited for the kernels that wrote them.
+    """
+
+    slab: torch.Tensor  # uint8 [num_blocks, block_bytes]
+    layer_offsets: tuple[int, ...]  # L + 1 byte offsets inside a block, ascending from 0
+
+    def __post_init__(self) -> None:
+        if self.slab.dtype != torch.uint8 or self.slab.dim() != 2 or not self.slab.is_contiguous():
+            raise ValueError(
+                f"slab is {self.slab.dtype} {tuple(self.slab.shape)}: must be contiguous uint8 [blocks, bytes]"
+            )
+        offsets = self.layer_offsets
+        ascending = all(a < b for a, b in pairwise(offsets))
+        if len(offsets) < 2 or offsets[0] != 0 or not ascending or offsets[-1] > self.slab.shape[1]:
+            raise ValueError(
+                f"layer_offsets {offsets}: must ascend from 0 to at most block_bytes = {self.slab.shape[1]}"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        return self.slab.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_offsets) - 1
+
+    def width(self, layer_start: int, layer_stop: int) -> int:
+        """Bytes of layers [layer_start, layer_stop) of one block."""
+        return self.layer_offsets[layer_stop] - self.layer_offsets[layer_start]
+
+    def read(self, block_ids: Sequence[int], layer_start: int, layer_stop: int) -> list[np.ndarray]:
+        """The layers' bytes, block after block: views of the pages on CPU, one staged copy on CUDA."""
+        start, stop = self.layer_offsets[layer_start], self.layer_offsets[layer_stop]
+        if self.slab.is_cuda:
+            ids = torch.tensor(block_ids, device=self.slab.device)
+            return [self.slab[:, start:stop].index_select(0, ids).cpu().numpy().reshape(-1)]
+        pages = self.slab.numpy()
+        return [pages[block_id, start:stop] for block_id in block_ids]
+
+    def write(self, block_ids: Sequence[int], layer_start: int, layer_stop: int, arrays: Sequence[np.ndarray]) -> None:
+        """Writes `arrays`, laid end to end, over the layers of the blocks; the total must fit exactly."""
+        start, stop = self.layer_offsets[layer_start], self.layer_offsets[layer_stop]
+        width = stop - start
+        if self.slab.is_cuda:
+            staged = torch.from_numpy(np.concatenate(arrays))
+            ids = torch.tensor(block_ids, device=self.slab.device)
+            self.slab[:, start:stop].index_copy_(0, ids, staged.to(self.slab.device).view(-1, width))
+            torch.cuda.current_stream(self.slab.device).synchronize()
+            return
+        pages = self.slab.numpy()
+        block, filled = 0, 0  # where the next byte goes
+        for array in arrays:
+            at = 0
+            while at < len(array):
+                size = min(width - filled, len(array) - at)
+                pages[block_ids[block], start + filled : start + filled + size] = array[at : at + size]
+                at, filled = at + size, filled + size
+                if filled == width:
+                    block, filled = block + 1, 0
+        assert block == len(block_ids) and filled == 0

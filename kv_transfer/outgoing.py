@@ -1,0 +1,213 @@
+"""The sending side of every two-sided transport: a queue of pushed pages, cut into chunks, moved by a wire.
+
+Life of a transfer here:
+ 1. `open` starts a task on the sender's event loop; the wire begins the stream under the ticket.
+ 2. The engine thread pushes rectangles of pages; each is a queue entry and a wake-up, nothing else.
+ 3. The task cuts them into chunks, first joining what queued up meanwhile (the next layers of the same blocks).
+ 4. A pool thread reads a chunk's pages, takes the checksum and packs it; the chunk before it is sent at the same time.
+    So one transfer holds two packed chunks and what the wire has in flight, however long the prompt is.
+ 5. `finish` ends the stream: the wire waits until the receiver has placed all of it.
+ 6. Whatever ended the task, the pool's reads are waited for, then the transfer is closed.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from kv_transfer.base import ChunkHeader, Manifest, ManifestBuilder, TransferBroken
+from kv_transfer.checksum import crc32c
+from kv_transfer.memory import BlockMemory
+
+
+class Wire(Protocol):
+    """How one transfer's chunks reach the receiver. All but `pack` run on the event loop; all raise TransferError."""
+
+    async def begin(self) -> None:
+        """Opens the stream."""
+
+    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> bytes:
+        """Copies a chunk's pages into what `send` takes. Runs on pool threads, two at a time."""
+
+    async def send(self, packed: bytes) -> None:
+        """Returns when the chunk is on its way and the next may follow."""
+
+    async def end(self, manifest: Manifest) -> None:
+        """Returns when the receiver has placed every chunk."""
+
+    async def lost(self) -> None:
+        """Returns when the peer has ended the stream by itself; then `send` and `end` raise why."""
+
+    async def close(self, error: BaseException | None) -> None:
+        """Drops the stream if `error` ended it, which fails the ticket, and whatever `pack` kept."""
+
+
+class ChunkedOutgoing:
+    """An `Outgoing` over a wire."""
+
+    def __init__(
+        self, memory: BlockMemory, wire: Wire, pool: ThreadPoolExecutor, max_chunk_bytes: int, progress_s: float
+    ) -> None:
+        self._memory = memory
+        self._wire = wire
+        self._pool = pool
+        self._max_chunk_bytes = max_chunk_bytes
+        self._progress_s = progress_s
+        self._manifest = ManifestBuilder()
+        self._lock = threading.Lock()
+        self._queue: deque[_Rect] = deque()
+        self._num_chunks = 0  # cut so far; the manifest has those that were sent
+        self._finishing = False
+        self._closed = False
+        self._aborted: str | None = None
+        self._error: BaseException | None = None
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._task = self._loop.create_task(self._run())
+
+    def push(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
+        assert not self._finishing and 0 <= layer_start < layer_stop <= self._memory.num_layers
+        with self._lock:
+            if self._closed:
+                return
+            self._queue.append(_Rect(tuple(block_ids), block_start, layer_start, layer_stop))
+        self._notify(self._wake.set)
+
+    async def finish(self) -> Manifest:
+        self._finishing = True
+        self._wake.set()
+        await asyncio.shield(self._task)
+        if self._error is not None:
+            raise self._error
+        return self._manifest.manifest()
+
+    def abort(self, reason: str) -> None:
+        self._notify(self._abort, reason)
+
+    async def wait_closed(self) -> None:
+        await asyncio.shield(self._task)
+
+    def add_closed_callback(self, callback: "Callable[[ChunkedOutgoing], None]") -> None:
+        """On the loop: calls `callback` when the transfer is closed."""
+        self._task.add_done_callback(lambda _: callback(self))
+
+    def _notify(self, callback, *args) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the transfer
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _abort(self, reason: str) -> None:
+        if self._aborted is None and not self._task.done():
+            self._aborted = reason
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        lost: asyncio.Task | None = None
+        reads: deque[Future[tuple[ChunkHeader, bytes]]] = deque()  # chunks being packed, at most two
+        try:
+            async with asyncio.timeout(self._progress_s):
+                await self._wire.begin()
+            lost = self._loop.create_task(self._wire.lost())
+            lost.add_done_callback(lambda _: self._wake.set())
+            while True:
+                self._wake.clear()
+                chunk = self._next_chunk()
+                if chunk is not None:
+                    reads.append(self._pool.submit(self._pack, self._num_chunks, chunk))
+                    self._num_chunks += 1
+                if len(reads) > 1 or (reads and chunk is None):
+                    header, packed = await asyncio.wrap_future(reads[0])
+                    reads.popleft()
+                    self._manifest.add(header)
+                    async with asyncio.timeout(self._progress_s):
+                        await self._wire.send(packed)
+                elif chunk is None:
+                    if self._finishing or lost.done():
+                        break
+                    await self._wake.wait()
+            async with asyncio.timeout(self._progress_s):
+                await self._wire.end(self._manifest.manifest())
+        except TimeoutError:
+            self._error = TransferBroken(f"the receiver took nothing for {self._progress_s} s")
+        except asyncio.CancelledError:
+            self._error = TransferBroken(f"aborted: {self._aborted or 'the sender stops'}")
+        except Exception as error:
+            self._error = error  # raised by finish()
+        finally:
+            if lost is not None:
+                lost.cancel()
+            for read in reads:
+                if not read.cancel():
+                    await asyncio.wait([asyncio.wrap_future(read)])
+            with self._lock:
+                self._closed = True
+                self._queue.clear()
+            await self._wire.close(self._error)
+
+    def _next_chunk(self) -> "_Rect | None":
+        with self._lock:
+            if not self._queue:
+                return None
+            rect = self._queue.popleft()
+            while self._queue and (joined := rect.join(self._queue[0])):
+                self._queue.popleft()
+                rect = joined
+            chunk, *rest = self._cut(rect)
+            self._queue.extendleft(reversed(rest))
+            return chunk
+
+    def _cut(self, rect: "_Rect") -> list["_Rect"]:
+        """The first chunk of `rect` and what is left. A chunk has some layers of one block, or several blocks."""
+        memory, layer_stop = self._memory, rect.layer_stop
+        width = memory.width(rect.layer_start, layer_stop)
+        if width > self._max_chunk_bytes and len(rect.block_ids) > 1:
+            head, tail = rect.split_blocks(1)
+            return [*self._cut(head), tail]
+        if width > self._max_chunk_bytes:
+            while layer_stop > rect.layer_start + 1 and width > self._max_chunk_bytes:
+                layer_stop -= 1
+                width = memory.width(rect.layer_start, layer_stop)
+            return [replace(rect, layer_stop=layer_stop), replace(rect, layer_start=layer_stop)]
+        count = self._max_chunk_bytes // width
+        return [rect] if len(rect.block_ids) <= count else list(rect.split_blocks(count))
+
+    def _pack(self, sequence: int, chunk: "_Rect") -> tuple[ChunkHeader, bytes]:
+        pages = self._memory.read(chunk.block_ids, chunk.layer_start, chunk.layer_stop)
+        header = ChunkHeader(
+            sequence=sequence,
+            layer_start=chunk.layer_start,
+            layer_count=chunk.layer_stop - chunk.layer_start,
+            block_start=chunk.block_start,
+            block_count=len(chunk.block_ids),
+            num_bytes=sum(map(len, pages)),
+            crc32c=crc32c(pages),
+        )
+        return header, self._wire.pack(header, pages)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rect:
+    block_ids: tuple[int, ...]
+    block_start: int
+    layer_start: int
+    layer_stop: int
+
+    def join(self, other: "_Rect") -> "_Rect | None":
+        """One rectangle of both, if `other` holds the layers that follow in the same blocks."""
+        if (other.block_ids, other.block_start, other.layer_start) == (
+            self.block_ids,
+            self.block_start,
+            self.layer_stop,
+        ):
+            return replace(self, layer_stop=other.layer_stop)
+        return None
+
+    def split_blocks(self, count: int) -> "tuple[_Rect, _Rect]":
+        return replace(self, block_ids=self.block_ids[:count]), replace(
+            self, block_ids=self.block_ids[count:], block_start=self.block_start + count
+        )

@@ -1,0 +1,58 @@
+"""Transport `ray_store`: chunks go through an object store that both workers share, their tokens through a Push stream.
+
+The sender puts a chunk's pages into the store, one copy, and sends the token; the receiver maps the object, checks and
+places it, and acknowledges; then the sender lets the object go. At most `WINDOW` chunks of a transfer are in the store
+and not acknowledged. The store is injected: `cluster.object_store` implements it with Ray's.
+"""
+
+from collections.abc import Sequence
+
+import grpc.aio
+import numpy as np
+
+from kv_transfer.base import ChunkHeader, Manifest, ObjectStore
+from kv_transfer.frames import token_frame
+from kv_transfer.grpc_stream import GrpcWire
+
+WINDOW = 4  # two being placed or fetched, two on their way
+
+
+class RayStoreWire:
+    """A Push stream of tokens."""
+
+    def __init__(
+        self, channel: grpc.aio.Channel, transfer_id: bytes, source: tuple[str, str], object_store: ObjectStore
+    ) -> None:
+        self._stream = GrpcWire(channel, transfer_id, source)
+        self._transfer_id = transfer_id
+        self._object_store = object_store
+        self._tokens: dict[int, bytes] = {}  # by sequence: objects the receiver may still need
+        self._num_sent = 0
+
+    async def begin(self) -> None:
+        await self._stream.begin()
+
+    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> bytes:
+        token = self._object_store.put(pages)
+        self._tokens[header.sequence] = token
+        return token_frame(self._transfer_id, header, token)
+
+    async def send(self, packed: bytes) -> None:
+        await self._stream.wait_acked(self._num_sent + 1 - WINDOW)
+        self._drop(self._stream.num_acked)
+        self._num_sent += 1
+        await self._stream.send(packed)
+
+    async def end(self, manifest: Manifest) -> None:
+        await self._stream.end(manifest)
+
+    async def lost(self) -> None:
+        await self._stream.lost()
+
+    async def close(self, error: BaseException | None) -> None:
+        await self._stream.close(error)
+        self._drop(self._num_sent + len(self._tokens))
+
+    def _drop(self, stop: int) -> None:
+        for sequence in [sequence for sequence in self._tokens if sequence < stop]:
+            self._object_store.drop(self._tokens.pop(sequence))
