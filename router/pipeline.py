@@ -1,0 +1,347 @@
+"""One request from admission to its last message.
+
+    routing -> prefilling -> (tokens flow) -> finished
+       ^            |              |
+       +--- retry --+--- resume ---+         any: failed, cancelled
+
+A retry repeats what never reached the client; a resume prefills prompt + committed tokens and goes on at the next
+offset, which gives the same tokens because random numbers depend on (seed, sequence, position) alone. A request of
+several sequences cannot be resumed from one prompt: once tokens are committed it fails with UNAVAILABLE.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from google.protobuf import duration_pb2
+
+from protos import inference_pb2 as pb
+from protos import worker_pb2 as wpb
+from router.attempt import Attempt
+from router.config import RouterConfig
+from router.errors import AttemptFailed, RequestError
+from router.policy import Need, affinity_key
+from router.pool import Pool
+from router.sequence import Sequence
+from router.stop import Stops, StopScanner
+from router.tokenizer import Tokenizer
+from router.validate import Accepted
+
+Send = Callable[[pb.GenerateStreamResponse], Awaitable[Any]]
+
+TRANSFER_REPORT_WAIT_S = 0.25  # the last message names the bytes moved; P's report may lag behind D's tokens
+RETRY_DELAYS_S = (0.0, 0.05, 0.25, 1.0)
+MAX_DRAIN_REFUSALS = 16
+
+
+class Pipeline:
+    """`run` drives the request; `abort`, `fail` and the attempt's streams reach it from other tasks of the loop.
+
+    `deadline` and `received_at` are time.monotonic().
+    """
+
+    def __init__(
+        self,
+        accepted: Accepted,
+        pool: Pool,
+        tokenizer: Tokenizer,
+        config: RouterConfig,
+        received_at: float,
+        deadline: float,
+    ):
+        self.accepted = accepted
+        self.run_id = secrets.token_hex(16)
+        stops = Stops.build(accepted.stopping.stop, accepted.stopping.include_stop_str_in_output)
+        self.sequences = [
+            Sequence(i, accepted, tokenizer, StopScanner(stops) if stops.strings else None)
+            for i in range(accepted.num_sequences)
+        ]
+        self.attempt: Attempt | None = None
+        self._pool = pool
+        self._config = config
+        self._received_at = received_at
+        self._deadline = deadline
+        self._stopping = _worker_stopping(accepted)
+        self._wake = asyncio.Event()
+        self._aborted = False
+        self._failure: RequestError | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._num_attempts = 0
+        self._transfer_bytes = 0
+        self._num_preemptions = 0
+        self._num_sent = 0  # messages
+        self._first_sent_at: float | None = None
+        self._last_sent_at: float | None = None
+
+    async def run(self, send: Send) -> None:
+        """Sends every message of the request, the last one with usage and timings. RequestError if it fails.
+
+        However it ends, cancellation included, both workers are left and know it.
+        """
+        self._task = asyncio.current_task()
+        try:
+            async with asyncio.timeout_at(self._loop_time(self._deadline)):
+                await self._run(send)
+        except TimeoutError:
+            raise RequestError(
+                pb.ERROR_REASON_DEADLINE_EXCEEDED,
+                f"deadline exceeded after {time.monotonic() - self._received_at:.3f} s",
+            ) from None
+        except asyncio.CancelledError:
+            if self._failure is None:
+                raise
+            if self._task is not None:
+                self._task.uncancel()
+            raise self._failure from None
+        finally:
+            self._task = None
+            self._leave()
+
+    def abort(self) -> None:
+        """Ends the request with what it has; its sequences finish as ABORTED."""
+        self._aborted = True
+        self._wake.set()
+
+    def fail(self, error: RequestError) -> None:
+        """Ends the request from outside, even while it is stuck in a write to a client that does not read."""
+        if self._failure is None and self._task is not None:
+            self._failure = error
+            self._leave()
+            self._task.cancel()
+
+    def on_news(self) -> None:
+        self._wake.set()
+        num_pending = sum(s.num_pending for s in self.sequences)
+        if num_pending > self._config.max_buffered_tokens:
+            self.fail(
+                RequestError(
+                    pb.ERROR_REASON_QUEUE_FULL,
+                    f"the client does not read: {num_pending} tokens wait for it;"
+                    f" at most {self._config.max_buffered_tokens} may",
+                )
+            )
+
+    def check_progress(self, now: float) -> None:
+        """Fails an attempt that has been silent for too long; called about once a second."""
+        attempt = self.attempt
+        if attempt is None:
+            return
+        adopted = attempt.adopted_at is not None or (attempt.is_local and attempt.first_tokens_at is not None)
+        limit = self._config.decode_progress_s if adopted else self._config.progress_s
+        if now - attempt.last_news_at <= limit:
+            return
+        at_prefill = attempt.route.prefill is not None and not adopted and attempt.first_tokens_at is None
+        worker = attempt.route.prefill if at_prefill else attempt.route.decode or attempt.route.prefill
+        assert worker is not None
+        reason = pb.ERROR_REASON_PREFILL_WORKER_LOST if at_prefill else pb.ERROR_REASON_DECODE_WORKER_LOST
+        message = f"no progress for {limit:g} s at worker {worker.worker_id!r}"
+        attempt.fail(AttemptFailed(reason, message, True, frozenset({worker.worker_id})))
+
+    @property
+    def phase(self) -> str:
+        """For status: where the request is."""
+        attempt = self.attempt
+        if attempt is None:
+            return "routing"
+        if attempt.first_tokens_at is None:
+            return "prefilling"
+        return "decoding" if attempt.adopted_at is not None or attempt.is_local else "transferring"
+
+    async def _run(self, send: Send) -> None:
+        failures = refusals = 0
+        avoid: frozenset[str] = frozenset()
+        cause: AttemptFailed | None = None
+        while True:
+            try:
+                await self._start_attempt(avoid, cause)
+                await self._forward(send)
+                return
+            except AttemptFailed as error:
+                self._leave_for_retry()
+                if error.reason == pb.ERROR_REASON_DRAINING and error.retryable and refusals < MAX_DRAIN_REFUSALS:
+                    refusals += 1
+                else:
+                    failures += 1
+                    self._give_up_or_continue(error, failures)
+                avoid, cause = avoid | error.at_fault, error
+                await asyncio.sleep(RETRY_DELAYS_S[min(failures, len(RETRY_DELAYS_S)) - 1] if failures else 0.01)
+
+    def _give_up_or_continue(self, error: AttemptFailed, failures: int) -> None:
+        """Raises what the caller will hear, unless another attempt makes sense."""
+        if not error.retryable or failures >= self._config.max_attempts:
+            raise error
+        if len(self.sequences) > 1 and any(s.token_ids for s in self.sequences):
+            raise error
+
+    async def _start_attempt(self, avoid: frozenset[str], cause: AttemptFailed | None) -> None:
+        """`cause` is the failure of the attempt before, which the caller hears if no worker is left to try."""
+        accepted = self.accepted
+        committed = self.sequences[0].token_ids if len(self.sequences) == 1 else []
+        token_ids = (*accepted.token_ids, *committed)
+        need = Need(
+            key=affinity_key(accepted.session_id, accepted.token_ids, self._config.affinity_tokens),
+            num_tokens=len(token_ids),
+            num_sequences=len(self.sequences),
+            first_token_only=accepted.stopping.max_tokens - len(committed) == 1,
+        )
+        wait_s = self._config.start_wait_s if cause is None else self._config.retry_wait_s
+        try:
+            route = await self._pool.route(need, avoid, wait_s, wait_for_any=cause is not None)
+        except RequestError as error:
+            raise cause if cause is not None and error.reason == pb.ERROR_REASON_NO_HEALTHY_WORKER else error from None
+        remaining_s = max(0.001, self._deadline - time.monotonic())
+        request = wpb.EngineRequest(
+            run_id=self.run_id,
+            attempt=self._num_attempts,
+            token_ids=token_ids,
+            num_prompt_tokens=len(accepted.token_ids),
+            sampling=accepted.sampling,
+            stopping=self._stopping,
+            logprobs=accepted.logprobs,
+            cache_namespace=accepted.cache_namespace,
+            bypass_prefix_cache=accepted.bypass_prefix_cache,
+            priority=accepted.priority,
+            remaining=_duration(remaining_s),
+        )
+        self.attempt = Attempt(self, request, route, remaining_s)
+        self._num_attempts += 1
+        self.attempt.start()
+
+    async def _forward(self, send: Send) -> None:
+        """Passes on what the attempt commits, until the request is over. AttemptFailed if the attempt is."""
+        assert self.attempt is not None
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            messages = self._take_messages()
+            if self._aborted:
+                messages += self._abort_messages()
+            is_over = all(s.finish is not None for s in self.sequences)
+            if is_over:
+                await self._finish(messages, send)
+                return
+            for message in messages:
+                await self._send(message, send)
+            if self.attempt.failure is not None:
+                raise self.attempt.failure
+
+    def _take_messages(self) -> list[pb.GenerateStreamResponse]:
+        messages = []
+        for sequence in self.sequences:
+            delta, finish = sequence.take_delta()
+            if delta is not None or finish is not None:
+                messages.append(pb.GenerateStreamResponse(delta=delta, finish_info=finish))
+        return messages
+
+    def _abort_messages(self) -> list[pb.GenerateStreamResponse]:
+        running = [s for s in self.sequences if s.finish is None]
+        return [pb.GenerateStreamResponse(finish_info=s.abort()) for s in running]
+
+    async def _finish(self, messages: list[pb.GenerateStreamResponse], send: Send) -> None:
+        """The last messages; usage and timings ride on the last one, whose text is not held up by a late report."""
+        attempt = self.attempt
+        assert attempt is not None
+        moves_kv = attempt.route.prefill is not None and attempt.route.decode is not None
+        settled = attempt.adopted_at is not None or all(s.worker_finish is not None for s in self.sequences)
+        if moves_kv and settled and attempt.transferred is None and not self._aborted:
+            for message in messages:
+                await self._send(message, send)
+            messages = [pb.GenerateStreamResponse()]
+            await attempt.transfer_report(TRANSFER_REPORT_WAIT_S)
+        for message in messages[:-1]:
+            await self._send(message, send)
+        last = messages[-1]
+        self._last_sent_at = time.monotonic() if last.HasField("delta") else self._last_sent_at
+        last.usage.CopyFrom(self._usage(attempt))
+        last.timings.CopyFrom(self._timings(attempt))
+        self._leave()
+        await self._send(last, send)
+
+    async def _send(self, message: pb.GenerateStreamResponse, send: Send) -> None:
+        message.request_id = self.accepted.request_id
+        if self._num_sent == 0:
+            message.prompt_info.CopyFrom(self._prompt_info())
+        if message.HasField("delta"):
+            self._last_sent_at = time.monotonic()
+            self._first_sent_at = self._first_sent_at or self._last_sent_at
+        self._num_sent += 1
+        await send(message)
+
+    def _prompt_info(self) -> pb.PromptInfo:
+        accepted = self.accepted
+        return pb.PromptInfo(
+            num_prompt_tokens=len(accepted.token_ids),
+            num_cached_tokens=self._cached_tokens(),
+            token_ids=accepted.token_ids if accepted.want_prompt_token_ids else (),
+            model=accepted.model,
+        )
+
+    def _cached_tokens(self) -> int:
+        found = self.attempt.cached_tokens if self.attempt is not None else None
+        return min(found or 0, len(self.accepted.token_ids))
+
+    def _usage(self, attempt: Attempt) -> pb.Usage:
+        return pb.Usage(
+            prompt_tokens=len(self.accepted.token_ids),
+            completion_tokens=sum(s.num_sent for s in self.sequences),
+            cached_tokens=self._cached_tokens(),
+        )
+
+    def _timings(self, attempt: Attempt) -> pb.Timings:
+        route, moved = attempt.route, attempt.transferred
+        prefill = route.prefill or route.decode
+        decodes = attempt.adopted_at is not None or attempt.is_local
+        timings = pb.Timings(
+            kv_transfer_bytes=self._transfer_bytes + (moved.num_bytes if moved is not None else 0),
+            kv_transport=moved.transport if moved is not None and moved.num_bytes else "",
+            retries=self._num_attempts - 1,
+            preemptions=self._num_preemptions + attempt.num_preemptions,
+            local_prefill=attempt.is_local,
+            prefill_worker=prefill.worker_id if prefill is not None else "",
+            decode_worker=route.decode.worker_id if route.decode is not None and decodes else "",
+            decode_cached_tokens=moved.cached_tokens if moved is not None else 0,
+        )
+        spans = {
+            "queue": (self._received_at, attempt.started_at),
+            "prefill": (attempt.started_at, attempt.first_tokens_at),
+            "kv_transfer": (attempt.first_tokens_at, attempt.adopted_at),
+            "decode_queue": (attempt.adopted_at, attempt.decoded_at),
+            "time_to_first_token": (self._received_at, self._first_sent_at),
+            "decode": (self._first_sent_at, self._last_sent_at),
+        }
+        for name, (start, end) in spans.items():
+            if start is not None and end is not None:
+                getattr(timings, name).CopyFrom(_duration(max(0.0, end - start)))
+        if attempt.prefill_s is not None:
+            timings.prefill.CopyFrom(_duration(attempt.prefill_s))
+        return timings
+
+    def _leave(self) -> None:
+        if self.attempt is not None:
+            self.attempt.close()
+
+    def _leave_for_retry(self) -> None:
+        """Closes the attempt, keeping its counts for the timings."""
+        attempt, self.attempt = self.attempt, None
+        if attempt is not None:
+            attempt.close()
+            self._num_preemptions += attempt.num_preemptions
+            self._transfer_bytes += attempt.transferred.num_bytes if attempt.transferred is not None else 0
+
+    def _loop_time(self, monotonic: float) -> float:
+        return asyncio.get_running_loop().time() + monotonic - time.monotonic()
+
+
+def _worker_stopping(accepted: Accepted) -> pb.StoppingCriteria:
+    stopping = pb.StoppingCriteria()
+    stopping.CopyFrom(accepted.stopping)
+    stopping.ClearField("stop")
+    return stopping
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration
