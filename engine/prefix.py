@@ -1,0 +1,34 @@
+"""Prefix hashes: a SHA-256 chain over units of 16 tokens, whatever the block size, computed without torch.
+
+    h_0 = sha256(b"pdserve-prefix-v1" + namespace)
+    h_i = sha256(h_{i-1} + tokens of unit i as uint32 little-endian)
+
+A block's hash is that of its last unit, so router, prefill and decode workers agree whatever their block sizes.
+Test vector: namespace b"", tokens 0..15 -> h_1 =
+    see tests/test_block_pool.py
+"""
+
+import struct
+from collections.abc import Sequence
+from hashlib import sha256
+
+UNIT = 16  # tokens per link of the chain
+_pack = struct.Struct(f"<{UNIT}I").pack
+
+
+def root(namespace: bytes = b"") -> bytes:
+    """The chain's head: requests share cached blocks only when their namespaces are equal."""
+    return sha256(b"pdserve-prefix-v1" + namespace).digest()
+
+
+def block_hashes(
+    token_ids: Sequence[int], block_size: int, namespace: bytes = b"", known: Sequence[bytes] = ()
+) -> list[bytes]:
+    """Hashes of all full blocks of `token_ids`; `known` are those of its first blocks, if at hand."""
+    hashes = list(known)
+    link = hashes[-1] if hashes else root(namespace)
+    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
+        for unit in range(start, start + block_size, UNIT):
+            link = sha256(link + _pack(*token_ids[unit : unit + UNIT])).digest()
+        hashes.append(link)
+    return hashes

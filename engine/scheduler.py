@@ -1,0 +1,524 @@
+"""Who computes what in the next step, and who holds which blocks. Plain Python: no torch, no clock.
+
+One queue, in order: preempted sequences, then prompts and reservations by priority, first come first served. Its head
+waits for blocks and seats and nothing overtakes it, except that a sink prompt whose receiver has no pages yet holds
+nothing and stands aside. A prompt takes all its blocks on admission; only a decoding sequence grows, and when no block
+is left the lowest-priority, youngest sequence gives up its own and is recomputed later (its full blocks stay cached).
+Reservations, pinned prompts and admitted sink prompts are never preempted: they end by adopt, release or abort.
+"""
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Sequence as Seq
+from itertools import count
+
+from engine.block_pool import BlockPool
+from engine.prefix import block_hashes
+from engine.request import (
+    Event,
+    Failed,
+    Finish,
+    FinishReason,
+    FirstToken,
+    Preempted,
+    Request,
+    Reservation,
+    Started,
+    Token,
+)
+from engine.sequence import (
+    EngineStats,
+    Gate,
+    HeldReservation,
+    Plan,
+    QueuedReservation,
+    Row,
+    RowResult,
+    Run,
+    Sequence,
+    Status,
+)
+
+
+class Scheduler:
+    """Not thread-safe: the engine's thread owns it, but for the check_ methods, which read constants only."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        enable_prefix_caching: bool = True,
+    ):
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every sequence decodes in every step
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.enable_prefix_caching = enable_prefix_caching
+        self.memory_ops: list[
+            tuple[int | None, int]
+        ] = []  # (source, block): copy; (None, block): zero. In order, before anything else
+        self.ended: list[str] = []  # requests that are over, for the engine to collect
+        self._runs: dict[str, Run] = {}
+        self._queue: list[Sequence | QueuedReservation] = []
+        self._running: list[Sequence] = []
+        self._held: dict[str, HeldReservation] = {}
+        self._arrivals = count()
+        self._generations = count(1)
+        self._steps = self._computed = self._cached = self._generated = self._preemptions = 0
+
+    # ---------------------------------------------------------------- commands, between steps
+
+    def check_submit(self, request: Request) -> None:
+        """ValueError if `request` can never run here."""
+        self._check_seats(request)
+        total = min(request.num_prompt_tokens + request.sampling.max_tokens, self.max_model_len)
+        self._check_blocks(self._num_blocks(max(total - 1, len(request.token_ids))), f"{total} tokens")
+
+    def check_reserve(self, request: Request, num_tokens: int) -> None:
+        """ValueError if the pages can never be granted."""
+        self._check_seats(request)
+        if not len(request.token_ids) <= num_tokens <= self.max_model_len:
+            raise ValueError(f"num_tokens: {num_tokens} is not in [{len(request.token_ids)}, {self.max_model_len}]")
+        needed = self._num_blocks(num_tokens) + self._num_growth(request, num_tokens)
+        self._check_blocks(needed, f"{num_tokens} tokens for {request.sampling.num_sequences} sequences")
+
+    def add(self, request: Request, is_sink: bool = False) -> None:
+        sequence = Sequence(
+            request,
+            0,
+            list(request.token_ids),
+            next(self._arrivals),
+            forks=request.sampling.num_sequences,
+            is_sink=is_sink,
+            gate=Gate.CLOSED if is_sink else Gate.OPEN,
+        )
+        self._runs[request.id] = Run(request, [sequence])
+        self._enqueue(sequence)
+
+    def grant(self, request_id: str, first_block: int) -> None:
+        """The receiver has pages for a sink prompt and already holds the blocks before `first_block`."""
+        run = self._runs.get(request_id)
+        if run is not None and run.live and run.live[0].gate is not Gate.OPEN:
+            run.live[0].gate = Gate.OPEN
+            run.live[0].first_block = run.live[0].num_reported = first_block
+
+    def reserve(self, owner: str, request: Request, num_tokens: int) -> None:
+        """Queue for pages; a later plan's `granted` has the answer."""
+        if self.is_reserving(owner):
+            raise ValueError(f"owner: {owner!r} has a reservation already")
+        self._enqueue(QueuedReservation(owner, request, num_tokens, next(self._arrivals)))
+
+    def is_reserving(self, owner: str) -> bool:
+        """Whether `owner` holds a reservation or waits for one."""
+        return owner in self._held or any(isinstance(e, QueuedReservation) and e.owner == owner for e in self._queue)
+
+    def adopt(self, owner: str, request: Request, first_tokens: Seq[FirstToken]) -> None:
+        """The reserved blocks hold the prompt's KV now: they become cache entries and running sequences.
+
+        KeyError: no such reservation. ValueError: it was made for another request.
+        """
+        held = self._held.get(owner)
+        if held is None:
+            raise KeyError(f"no reservation of {owner!r}")
+        if request.token_ids != held.request.token_ids or len(first_tokens) != request.sampling.num_sequences:
+            raise ValueError(f"request {request.id!r} is not the one that {owner!r} reserved for")
+        if request.id in self._runs:
+            raise ValueError(f"id: {request.id!r} is in this engine already")
+        del self._held[owner]
+        sequence = Sequence(request, 0, list(request.token_ids), next(self._arrivals), forks=len(first_tokens))
+        self._runs[request.id] = Run(request, [sequence])
+        sequence.block_ids, sequence.hashes = held.block_ids, held.hashes
+        sequence.num_computed, sequence.num_committed = len(request.token_ids), held.num_cached
+        sequence.was_started, sequence.status = True, Status.RUNNING
+        self._running.append(sequence)
+        self._commit(sequence)
+        self.pool.release(held.growth)  # for the forks, right below
+        lost = self._branch(sequence, [(t.token_id, t.finished) for t in first_tokens])
+        assert not lost, "a reservation has room for its forks"
+
+    def release(self, owner: str) -> None:
+        """Frees a reservation, held or queued, or the pinned blocks of a sink prompt. Idempotent."""
+        self._drop_reservations(lambda name, request: name == owner)
+        run = self._runs.get(owner)
+        if run is not None and run.pinned is not None:
+            self._end(run)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request in whatever phase it is. Idempotent."""
+        self._drop_reservations(lambda name, request: request.id == request_id)
+        run = self._runs.get(request_id)
+        if run is not None:
+            self._end(run)
+
+    # ---------------------------------------------------------------- a step
+
+    def schedule(self) -> Plan:
+        """Decodes first, then prefill chunks of what runs, then of what is admitted, up to the token budget."""
+        plan = Plan()
+        preemptions = self._preemptions
+        for sequence in sorted(self._running, key=lambda s: s.rank):
+            if sequence.status is Status.RUNNING and sequence.num_pending == 1 and self._grow(sequence, plan):
+                self._add_row(plan, sequence, 1)
+        budget = self.max_num_batched_tokens - len(plan.rows)
+        for sequence in sorted(self._running, key=lambda s: s.rank):
+            if sequence.num_pending > 1 and budget > 0:
+                budget -= self._add_row(plan, sequence, min(budget, sequence.num_pending))
+        self._ask(plan)
+        if self._preemptions == preemptions:  # else the blocks just freed would be given away at once
+            self._admit(plan, budget)
+        if plan.rows:
+            self._steps += 1
+        return plan
+
+    def update(self, plan: Plan, results: list[RowResult]) -> list[Event]:
+        """Takes in what the rows gave: commits blocks, appends tokens, forks, ends. Returns the news."""
+        events: list[Event] = []
+        for row, result in zip(plan.rows, results, strict=True):
+            sequence = row.sequence
+            if sequence.status is Status.ENDED:
+                continue  # a sibling failed the request in this very step
+            if result.error is not None:
+                events.append(self._fail(sequence, *result.error))
+                continue
+            sequence.num_computed += row.num_tokens
+            self._computed += max(0, min(row.stop, len(sequence.request.token_ids)) - row.start)
+            self._commit(sequence)
+            if result.tokens:
+                self._take_tokens(sequence, result, events)
+        return events
+
+    def fail(self, plan: Plan, reason: str, message: str) -> list[Event]:
+        """The whole step went wrong: every request in it fails."""
+        return self.update(plan, [RowResult(error=(reason, message)) for _ in plan.rows])
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._queue or self._running)
+
+    def stats(self) -> EngineStats:
+        num_reservations = len(self._held) + sum(isinstance(e, QueuedReservation) for e in self._queue)
+        return EngineStats(
+            num_requests=len(self._runs) + num_reservations,
+            num_reservations=num_reservations,
+            num_running=len(self._running),
+            num_waiting=len(self._queue),
+            num_waiting_tokens=sum(_num_tokens(entry) for entry in self._queue),
+            total_blocks=self.pool.num_blocks,
+            free_blocks=self.pool.num_free,
+            reserved_blocks=sum(len(held.block_ids) + len(held.growth) for held in self._held.values()),
+            pinned_blocks=sum(len(run.pinned) for run in self._runs.values() if run.pinned is not None),
+            steps=self._steps,
+            prompt_tokens_computed=self._computed,
+            prompt_tokens_cached=self._cached,
+            tokens_generated=self._generated,
+            preemptions=self._preemptions,
+        )
+
+    # ---------------------------------------------------------------- admission
+
+    def _ask(self, plan: Plan) -> None:
+        """Lets the next sink prompts get pages at their receivers: at most one step's worth, always at least one."""
+        prompts = [e for e in self._queue if isinstance(e, Sequence) and e.is_sink]
+        asked = sum(len(s.token_ids) for s in prompts if s.gate is not Gate.CLOSED)
+        for sequence in prompts:
+            if sequence.gate is Gate.CLOSED:
+                if asked and asked + len(sequence.token_ids) > self.max_num_batched_tokens:
+                    return
+                asked += len(sequence.token_ids)
+                sequence.gate = Gate.ASKED
+                plan.wanted.append(sequence.request.id)
+
+    def _admit(self, plan: Plan, budget: int) -> None:
+        admitted = []
+        for entry in self._queue:
+            if isinstance(entry, QueuedReservation):
+                reservation = self._hold(entry)
+                if reservation is None:
+                    break
+                plan.granted.append(reservation)
+            elif entry.gate is not Gate.OPEN:
+                continue
+            elif budget > 0 and self._start(entry, plan):
+                budget -= self._add_row(plan, entry, min(budget, entry.num_pending))
+            else:
+                break
+            admitted.append(entry)
+        for entry in admitted:
+            self._queue.remove(entry)
+
+    def _start(self, sequence: Sequence, plan: Plan) -> bool:
+        """Gives a queued sequence its seat and all the blocks its tokens need, cached ones first."""
+        blocks = self._take_blocks(sequence.request, sequence.token_ids, sequence.hashes, len(sequence.token_ids), 0)
+        if blocks is None or not self._has_seats(sequence.forks):
+            if blocks is not None:
+                self.pool.release(blocks[1])
+            return False
+        num_hits, sequence.block_ids, sequence.hashes = blocks
+        sequence.num_computed, sequence.num_committed = num_hits * self.block_size, num_hits
+        sequence.status, sequence.was_preempted = Status.RUNNING, False
+        self._running.append(sequence)
+        if not sequence.was_started:
+            sequence.was_started = True
+            self._cached += sequence.num_computed
+            plan.events.append(Started(sequence.request.id, sequence.num_computed))
+        if sequence.is_sink and sequence.num_reported < num_hits:
+            first = sequence.num_reported
+            plan.cached.append((sequence.request.id, first, sequence.block_ids[first:num_hits]))
+            sequence.num_reported = num_hits
+        return True
+
+    def _hold(self, entry: QueuedReservation) -> Reservation | None:
+        """Grants a reservation: the prompt's blocks, its prefix hits pinned at the front, and room to grow."""
+        request, n = entry.request, entry.request.sampling.num_sequences
+        growth = self._num_growth(request, entry.num_tokens)
+        blocks = (
+            self._take_blocks(request, request.token_ids, [], entry.num_tokens, growth) if self._has_seats(n) else None
+        )
+        if blocks is None:
+            return None
+        num_hits, block_ids, hashes = blocks
+        extra = self.pool.allocate(growth)
+        assert extra is not None, "the room to grow was counted"
+        self._held[entry.owner] = HeldReservation(request, block_ids, num_hits, extra, hashes)
+        return Reservation(entry.owner, tuple(block_ids), num_hits * self.block_size, next(self._generations))
+
+    def _take_blocks(
+        self, request: Request, token_ids: Seq[int], hashes: list[bytes], num_tokens: int, extra: int
+    ) -> tuple[int, list[int], list[bytes]] | None:
+        """(hits, blocks, hashes) for `num_tokens`, if `extra` blocks and one per growing sequence remain; else None.
+
+        Hits stop at the last whole block of the first n - 1 tokens: the last token is always computed, for its logits.
+        """
+        hits: list[int] = []
+        if self._caches(request):
+            hashes = block_hashes(token_ids, self.block_size, request.namespace, hashes)
+            hits = self.pool.match(hashes[: (len(token_ids) - 1) // self.block_size])
+        needed = self._num_blocks(num_tokens) - len(hits)
+        headroom = sum(not s.is_sink for s in self._running)
+        fresh = self.pool.allocate(needed) if needed + extra + headroom <= self.pool.num_free else None
+        if fresh is None:
+            self.pool.release(hits)
+            return None
+        return len(hits), hits + fresh, hashes
+
+    # ---------------------------------------------------------------- running sequences
+
+    def _add_row(self, plan: Plan, sequence: Sequence, num_tokens: int) -> int:
+        row = Row(sequence, sequence.num_computed, num_tokens)
+        if sequence.is_sink:
+            stop = len(sequence.block_ids) if row.samples else row.stop // self.block_size
+            if stop > sequence.num_reported:
+                row.report = (sequence.num_reported, stop)
+                sequence.num_reported = stop
+        plan.rows.append(row)
+        return num_tokens
+
+    def _grow(self, sequence: Sequence, plan: Plan) -> bool:
+        """Makes room for the sequence's next token, preempting others, or itself: then False."""
+        while len(sequence.block_ids) * self.block_size < len(sequence.token_ids):
+            fresh = self.pool.allocate(1)
+            if fresh is not None:
+                sequence.block_ids += fresh
+                continue
+            victim = max((s for s in self._running if not s.is_sink), key=lambda s: s.rank)
+            self._preempt(victim)
+            plan.events.append(Preempted(victim.request.id, victim.index))
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_ids)
+        self._running.remove(sequence)
+        sequence.block_ids, sequence.num_computed, sequence.num_committed = [], 0, 0
+        sequence.status, sequence.was_preempted = Status.WAITING, True
+        self._preemptions += 1
+        self._enqueue(sequence)
+
+    def _commit(self, sequence: Sequence) -> None:
+        """Offers the blocks filled so far to the prefix cache. Their logits were finite, or their manifest verified."""
+        if self._caches(sequence.request):
+            filled = sequence.num_computed // self.block_size
+            if filled > len(sequence.hashes):
+                namespace = sequence.request.namespace
+                sequence.hashes = block_hashes(sequence.token_ids, self.block_size, namespace, sequence.hashes)
+            for i in range(sequence.num_committed, filled):
+                self.pool.commit(sequence.block_ids[i], sequence.hashes[i])
+            sequence.num_committed = filled
+
+    def _take_tokens(self, sequence: Sequence, result: RowResult, events: list[Event]) -> None:
+        request = sequence.request
+        offset = len(sequence.token_ids) - request.num_prompt_tokens
+        branches = []
+        for i, (token_id, logprob) in enumerate(result.tokens):
+            finish = self._finish(request, offset, token_id)
+            events.append(Token(request.id, sequence.index + i, offset, token_id, logprob, finish))
+            branches.append((token_id, finish is not None))
+        self._generated += len(branches)
+        if sequence.is_sink:
+            run = self._runs[request.id]
+            self._running.remove(sequence)
+            sequence.status = Status.ENDED
+            run.live, run.pinned = [], sequence.block_ids
+            return
+        for lost in self._branch(sequence, branches):
+            events.append(Preempted(request.id, lost.index))
+
+    def _finish(self, request: Request, offset: int, token_id: int) -> Finish | None:
+        sampling = request.sampling
+        if offset >= sampling.min_tokens:
+            if token_id in self.eos_token_ids and not sampling.ignore_eos:
+                return Finish(FinishReason.STOP, eos_token_id=token_id)
+            if token_id in sampling.stop_token_ids:
+                return Finish(FinishReason.STOP, stop_token_id=token_id)
+        length = request.num_prompt_tokens + offset + 1
+        if offset + 1 >= sampling.max_tokens or length >= self.max_model_len:
+            return Finish(FinishReason.LENGTH)
+        return None
+
+    def _branch(self, sequence: Sequence, tokens: list[tuple[int, bool]]) -> list[Sequence]:
+        """Appends each (token, finished) to its own sequence: `sequence` takes the first, forks the others.
+
+        Forks share the full blocks and copy the partial one. Returns the forks that found no block: they are queued.
+        """
+        run = self._runs[sequence.request.id]
+        full, tail = divmod(sequence.num_computed, self.block_size)
+        sequence.forks = 1
+        lost = []
+        for i, (token_id, finished) in enumerate(tokens[1:], start=1):
+            if finished:
+                continue
+            fork = Sequence(sequence.request, i, [*sequence.token_ids, token_id], sequence.arrival, was_started=True)
+            fork.hashes = sequence.hashes
+            run.live.append(fork)
+            own = self.pool.allocate(1) if tail else []
+            if own is None:
+                self._preempt_fork(fork)
+                lost.append(fork)
+                continue
+            self.pool.retain(sequence.block_ids[:full])
+            fork.block_ids = sequence.block_ids[:full] + own
+            fork.num_computed, fork.num_committed = sequence.num_computed, sequence.num_committed
+            if own:
+                self.memory_ops.append((sequence.block_ids[full], own[0]))
+            fork.status = Status.RUNNING
+            self._running.append(fork)
+        token_id, finished = tokens[0]
+        sequence.token_ids.append(token_id)
+        if finished:
+            self._end_sequence(run, sequence)
+        return lost
+
+    def _preempt_fork(self, fork: Sequence) -> None:
+        fork.was_preempted = True
+        self._preemptions += 1
+        self._enqueue(fork)
+
+    # ---------------------------------------------------------------- endings
+
+    def _end_sequence(self, run: Run, sequence: Sequence) -> list[int]:
+        """Frees what one sequence holds; the run ends with its last one. Returns the blocks that became free outright."""
+        if sequence.status is Status.RUNNING:
+            self._running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self._queue.remove(sequence)
+        sequence.status = Status.ENDED
+        run.live.remove(sequence)
+        freed = self.pool.release(sequence.block_ids)
+        sequence.block_ids = []
+        if not run.live:
+            self._forget(run)
+        return freed
+
+    def _end(self, run: Run) -> list[int]:
+        """Frees all that a request holds."""
+        freed: list[int] = []
+        for sequence in list(run.live):
+            freed += self._end_sequence(run, sequence)
+        if run.pinned is not None:
+            self.pool.release(run.pinned)
+            self._forget(run)
+        return freed
+
+    def _forget(self, run: Run) -> None:
+        del self._runs[run.request.id]
+        self.ended.append(run.request.id)
+
+    def _fail(self, sequence: Sequence, reason: str, message: str) -> Failed:
+        request = sequence.request
+        self._zero(self._end(self._runs[request.id]))
+        return Failed(request.id, reason, message)
+
+    def _drop_reservations(self, chosen) -> None:
+        for owner in [o for o, held in self._held.items() if chosen(o, held.request)]:
+            held = self._held.pop(owner)
+            self._zero(self.pool.release(held.block_ids) + self.pool.release(held.growth))
+        self._queue = [e for e in self._queue if not (isinstance(e, QueuedReservation) and chosen(e.owner, e.request))]
+
+    def _zero(self, block_ids: list[int]) -> None:
+        """Blocks that may hold NaN are wiped: attention masks a stale slot by adding -inf, and NaN survives that."""
+        self.memory_ops += [(None, block_id) for block_id in block_ids]
+
+    # ---------------------------------------------------------------- arithmetic and checks
+
+    def _enqueue(self, entry: Sequence | QueuedReservation) -> None:
+        insort(self._queue, entry, key=lambda e: e.order)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _num_growth(self, request: Request, num_tokens: int) -> int:
+        """Blocks beyond the prompt's own: the first generated token's, and each fork's private tail."""
+        n = request.sampling.num_sequences
+        return n - 1 if num_tokens % self.block_size else n
+
+    def _caches(self, request: Request) -> bool:
+        return self.enable_prefix_caching and request.use_prefix_cache
+
+    def _has_seats(self, n: int) -> bool:
+        taken = sum(s.forks for s in self._running)
+        taken += sum(held.request.sampling.num_sequences for held in self._held.values())
+        return taken + n <= self.max_num_seqs
+
+    def _check_seats(self, request: Request) -> None:
+        n = request.sampling.num_sequences
+        if n > self.max_num_seqs:
+            raise ValueError(f"num_sequences: {n} is not in [1, {self.max_num_seqs}] (max_num_seqs)")
+
+    def _check_blocks(self, needed: int, what: str) -> None:
+        if needed > self.pool.num_blocks:
+            raise ValueError(f"KV cache: {what} need {needed} blocks, and all there are is {self.pool.num_blocks}")
+
+    def check(self) -> None:
+        """Every invariant, those of the pool included. AssertionError says which one is broken."""
+        owned: Counter[int] = Counter()
+        for run in self._runs.values():
+            assert bool(run.live) != (run.pinned is not None), f"{run.request.id}: neither alive nor pinned"
+            owned.update(run.pinned or ())
+            for sequence in run.live:
+                owned.update(sequence.block_ids)
+                waiting, running = sequence in self._queue, sequence in self._running
+                assert waiting == (sequence.status is Status.WAITING), f"{run.request.id}: queue and status differ"
+                assert running == (sequence.status is Status.RUNNING), f"{run.request.id}: batch and status differ"
+                assert running or not sequence.block_ids, f"{run.request.id}: holds blocks while it waits"
+                capacity = len(sequence.block_ids) * self.block_size
+                assert not running or sequence.num_computed <= capacity, f"{run.request.id}: KV outside its blocks"
+                assert sequence.num_pending >= 1, f"{run.request.id}: nothing left to compute"
+        for held in self._held.values():
+            owned.update(held.block_ids)
+            owned.update(held.growth)
+        live = sum(len(run.live) for run in self._runs.values())
+        assert live == len(self._running) + sum(isinstance(e, Sequence) for e in self._queue), "a sequence has no run"
+        assert self._queue == sorted(self._queue, key=lambda e: e.order), "the queue is out of order"
+        assert sum(s.forks for s in self._running) <= self.max_num_seqs, "more sequences than seats"
+        self.pool.check(owned)
+
+
+def _num_tokens(entry: Sequence | QueuedReservation) -> int:
+    return len(entry.token_ids) if isinstance(entry, Sequence) else entry.num_tokens

@@ -1,0 +1,150 @@
+"""What the scheduler moves around: sequences, queued reservations, and the plan of one step. Plain Python."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.request import Event, Request, Reservation, TokenLogprob
+
+
+class Status(Enum):
+    WAITING = "waiting"  # in the queue, holds no blocks
+    RUNNING = "running"  # holds blocks, computes
+    ENDED = "ended"
+
+
+class Gate(Enum):
+    """A prompt whose KV leaves this engine holds nothing here until the receiver has pages for it."""
+
+    CLOSED = "closed"
+    ASKED = "asked"
+    OPEN = "open"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One continuation of a request.
+
+    token_ids   [0 ........ num_computed ........ len)
+                 KV is in the blocks | to compute; the last token's logits give the next token
+    """
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    arrival: int
+    forks: int = 1  # how many sequences its next sampled row starts: n until the prompt is done, then 1
+    is_sink: bool = False
+    gate: Gate = Gate.OPEN
+    first_block: int = 0  # a sink's receiver already holds the blocks before this one
+    status: Status = Status.WAITING
+    was_preempted: bool = False
+    was_started: bool = False
+    block_ids: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed yet
+    num_computed: int = 0
+    num_committed: int = 0  # leading blocks already offered to the prefix cache
+    num_reported: int = 0  # leading blocks already reported to the sink
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def order(self) -> tuple[bool, int, int, int]:
+        """Preempted ones first, then by priority, then first come, first served."""
+        return (not self.was_preempted, self.request.priority, self.arrival, self.index)
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Order in the running batch; the highest is preempted first."""
+        return (self.request.priority, self.arrival, self.index)
+
+
+@dataclass(slots=True, eq=False)
+class QueuedReservation:
+    owner: str
+    request: Request
+    num_tokens: int
+    arrival: int
+
+    @property
+    def order(self) -> tuple[bool, int, int, int]:
+        return (True, self.request.priority, self.arrival, 0)
+
+
+@dataclass(slots=True)
+class HeldReservation:
+    """Blocks on loan until adopt or release. `growth` is for the first generated token and each fork's own tail."""
+
+    request: Request
+    block_ids: list[int]
+    num_cached: int  # leading blocks that came from the prefix cache
+    growth: list[int]
+    hashes: list[bytes]
+
+
+@dataclass(slots=True)
+class Run:
+    """A request inside the engine: its live sequences, or the pinned blocks of a finished sink prompt."""
+
+    request: Request
+    live: list[Sequence]
+    pinned: list[int] | None = None
+
+
+@dataclass(slots=True)
+class Row:
+    """`num_tokens` of one sequence from `start` on, computed in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    report: tuple[int, int] | None = None  # logical blocks that become final in this step, for the sink
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last token of the row is the sequence's last: its logits give the next token."""
+        return self.stop == len(self.sequence.token_ids)
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. Everything but `rows` is news that holds whether or not there is anything to compute."""
+
+    rows: list[Row] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    wanted: list[str] = field(default_factory=list)  # sink prompts that would be computed next
+    granted: list[Reservation] = field(default_factory=list)
+    cached: list[tuple[str, int, list[int]]] = field(default_factory=list)  # sink prompt, first block, block ids: hits
+
+
+@dataclass(slots=True)
+class RowResult:
+    """What a row's logits gave: a token for each fork (none when the row does not sample), or why not."""
+
+    tokens: list[tuple[int, TokenLogprob | None]] = field(default_factory=list)
+    error: tuple[str, str] | None = None  # reason, message: the request fails
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters are cumulative since the engine was built."""
+
+    num_requests: int = 0  # requests and reservations, whatever their phase
+    num_reservations: int = 0  # held and queued
+    num_running: int = 0  # sequences in the running batch
+    num_waiting: int = 0  # sequences and reservations queued
+    num_waiting_tokens: int = 0
+    total_blocks: int = 0
+    free_blocks: int = 0  # unused or evictable
+    reserved_blocks: int = 0
+    pinned_blocks: int = 0
+    steps: int = 0
+    prompt_tokens_computed: int = 0  # recomputation after a preemption included
+    prompt_tokens_cached: int = 0
+    tokens_generated: int = 0
+    preemptions: int = 0
