@@ -1,31 +1,30 @@
 """What an actor is told at its start: plain values, decided by the controller, the same for the actor's whole life."""
 
-import importlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from cluster.config import ROLES, DeploymentConfig, PoolName
+from cluster.config import ROLES, DeploymentConfig, PoolConfig, PoolName
+from router.config import RouterConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Factories:
-    """Import paths of what the actors host. Tests put fakes here."""
+class Builders:
+    """Import paths, "module:function", of what builds the things that the actors host. Tests put fakes here."""
 
-    worker: str = "cluster.worker:Worker"
-    router: str = "router.server:Router"
+    worker: str = "cluster.build:worker"
+    router: str = "cluster.build:router"
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
     worker_id: str
     pool: PoolName
-    restarts: int  # of this worker id; every life is another actor process and incarnation
+    restarts: int  # of this worker id: each life is another actor process and incarnation
     deployment: str
     model: str
     transport: str
-    factory: str
-    engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig's fields but the model directory
+    builder: str
+    engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig's fields but the model's directory
 
     @property
     def actor_name(self) -> str:
@@ -41,8 +40,8 @@ class RouterSpec:
     restarts: int
     deployment: str
     model: str
-    config: Any  # RouterConfig
-    factory: str
+    config: RouterConfig
+    builder: str
 
     @property
     def actor_name(self) -> str:
@@ -50,7 +49,7 @@ class RouterSpec:
 
 
 def worker_spec(
-    config: DeploymentConfig, pool: PoolName, worker_id: str, restarts: int, factories: Factories, num_cores: int
+    config: DeploymentConfig, pool: PoolName, worker_id: str, restarts: int, builder: str, num_threads: int
 ) -> WorkerSpec:
     settings = config.pools[pool]
     engine = {
@@ -64,7 +63,7 @@ def worker_spec(
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "max_num_seqs": settings.max_num_seqs,
         "enable_prefix_caching": config.enable_prefix_caching,
-        "num_threads": num_threads(config, pool, num_cores),
+        "num_threads": num_threads,
         "served_model_name": config.model.name,
     }
     return WorkerSpec(
@@ -74,31 +73,18 @@ def worker_spec(
         deployment=config.name,
         model=config.model.path,
         transport=config.transport,
-        factory=factories.worker,
+        builder=builder,
         engine=engine,
     )
 
 
-def num_threads(config: DeploymentConfig, pool: PoolName, num_cores: int) -> int:
-    """What the pool asks for, the CPUs it reserved in Ray, or an equal share of one node's `num_cores`.
+def num_threads(pool: PoolConfig, node_cores: list[int], num_workers: int) -> int:
+    """What the pool asks for, the CPUs it reserved in Ray, or an equal share of the machines' cores.
 
     Two torch threads where one core is free make every matrix product many times slower, so the share is rounded down.
     """
-    settings = config.pools[pool]
-    if settings.num_threads:
-        return settings.num_threads
-    if settings.num_cpus >= 1:
-        return int(settings.num_cpus)
-    return max(1, num_cores // max(1, sum(config.targets().values())))
-
-
-def create(factory: str) -> Any:
-    """The object that "module:name" names."""
-    module, _, name = factory.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def model_directory(model: str, say: Any) -> Path:
-    from cluster.models import resolve
-
-    return resolve(model, say)
+    if pool.num_threads:
+        return pool.num_threads
+    if pool.num_cpus >= 1:
+        return int(pool.num_cpus)
+    return max(1, min(sum(node_cores) // max(1, num_workers), max(node_cores, default=1)))

@@ -1,0 +1,252 @@
+"""Connecting to Ray, and what `pdserve up` and `down` do there. Everything an operator can ask of a deployment."""
+
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from cluster import local_ray
+from cluster.actors import CONTROLLER
+from cluster.config import DeploymentConfig, namespace
+from cluster.controller import Controller
+from cluster.models import resolve
+from cluster.spec import Builders
+from cluster.supervisor import explain
+
+_CALL_S = 30.0
+_DOWN_S = 60.0
+_POLL_S = 1.0
+_GONE_S = 10.0
+Say = Callable[[str], None]
+
+
+class LaunchError(RuntimeError):
+    """What the operator asked for cannot be done; one line that says why."""
+
+
+def connect(say: Say, start: bool = False, transport: str = "grpc") -> None:
+    """Joins RAY_ADDRESS, else the cluster that `up` started, else a running one, else (`start`) starts a local one."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address and address != "auto":
+        _join(address)
+        say(f"joined the Ray cluster at {address} (RAY_ADDRESS)")
+    elif local := local_ray.running():
+        _join_local(local)
+        say(f"joined the local Ray cluster at {local.address}, started by an earlier `pdserve up`")
+    elif address := _running_cluster():
+        _join(address)
+        say(f"joined the running Ray cluster at {address}")
+    elif start:
+        say("no Ray cluster is running: starting a local one")
+        local = local_ray.start(_object_store_bytes(transport))
+        _join_local(local)
+        say(f"started a local Ray cluster at {local.address}; `pdserve down` ends it")
+    else:
+        raise LaunchError("no Ray cluster: set RAY_ADDRESS, or start one with `pdserve up`")
+
+
+class Deployment:
+    """One deployment's controller, seen from an operator's process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        try:
+            self._controller = ray.get_actor(CONTROLLER, namespace=namespace(name))
+        except ValueError:
+            raise LaunchError(f"no deployment {name!r} in this Ray cluster; `pdserve up` makes one") from None
+
+    def status(self, after: int = -1, timeout_s: float = 0.0) -> dict[str, Any]:
+        return self._ask(self._controller.status.remote(after, timeout_s), _CALL_S + timeout_s)
+
+    def changes(self) -> Iterator[dict[str, Any]]:
+        """The status now, then at each change, at least every second."""
+        status = self.status()
+        while True:
+            yield status
+            status = self.status(status["version"], _POLL_S)
+
+    def scale(self, targets: dict[str, int]) -> None:
+        self._ask(self._controller.scale.remote(targets), _CALL_S)
+
+    def drain(self, worker_id: str) -> None:
+        """Returns when the worker is gone."""
+        self._ask(self._controller.drain.remote(worker_id), None)
+
+    def canary(self, source: str, target: str, num_blocks: int) -> dict[str, Any]:
+        return self._ask(self._controller.canary.remote(source, target, num_blocks), 60.0)
+
+    def versions(self) -> dict[str, dict[str, str]]:
+        return self._ask(self._controller.versions.remote(), _CALL_S)
+
+    def down(self) -> None:
+        """Ends every process of this deployment; the Ray cluster stays. Those on this machine are gone on return."""
+        here = ray.util.get_node_ip_address()
+        pids = []
+        with contextlib.suppress(LaunchError):
+            status = self.status()
+            pids = [part["pid"] for part in [*parts(status), status["controller"]] if part["host"] == here]
+        try:
+            self._ask(self._controller.down.remote(), _DOWN_S)
+        finally:
+            for actor in ray.util.list_named_actors(all_namespaces=True):
+                if actor["namespace"] == namespace(self.name) and actor["name"] != CONTROLLER:
+                    with contextlib.suppress(ValueError):
+                        ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+            ray.kill(self._controller)
+            _wait_until_gone(pids)
+
+    def _ask(self, reference: Any, timeout_s: float | None) -> Any:
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except GetTimeoutError:
+            raise LaunchError(f"the controller of {self.name!r} did not answer within {timeout_s:g} s") from None
+        except RayError as error:
+            raise LaunchError(explain(error)) from None
+
+
+def up(config: DeploymentConfig, say: Say, wait: bool = True, builders: Builders | None = None) -> Deployment:
+    """Creates the deployment in the connected cluster. With `wait`, returns once every worker is ready.
+
+    Raises LaunchError with the worker's own error, or with what a pending worker waits for, and leaves nothing behind.
+    """
+    if is_up(config.name):
+        raise LaunchError(f"deployment {config.name!r} is up already; `pdserve down` ends it")
+    if local_ray.running() and builders is None:
+        resolve(config.model.path, say)  # one node: what is slow the first time happens here, where it can be watched
+    home = ray.get_runtime_context().get_node_id()
+    controller: Any = Controller
+    options: dict[str, Any] = {"name": CONTROLLER, "namespace": config.namespace, "lifetime": "detached"}
+    if config.runtime_env:
+        options["runtime_env"] = config.runtime_env
+    controller.options(
+        **options,
+        scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(home, soft=True),
+    ).remote(config, home, builders or Builders())
+    deployment = Deployment(config.name)
+    try:
+        if wait:
+            _wait_until_ready(deployment, config, say)
+    except BaseException:
+        deployment.down()
+        raise
+    return deployment
+
+
+def is_up(name: str) -> bool:
+    try:
+        ray.get_actor(CONTROLLER, namespace=namespace(name))
+    except ValueError:
+        return False
+    return True
+
+
+def down(name: str, say: Say) -> None:
+    """Ends the deployment, and the local Ray cluster if `up` started it and no other deployment is in it."""
+    try:
+        Deployment(name).down()
+        say(f"deployment {name!r} is down")
+    finally:
+        stop_local_ray(say, but=name)
+
+
+def stop_local_ray(say: Say, but: str = "") -> None:
+    """Ends the cluster that `up` started, unless it still holds a deployment other than `but`."""
+    local = local_ray.running()
+    if local is None:
+        return
+    if ray.is_initialized() and ray.get_runtime_context().gcs_address == local.address:
+        others = {a["namespace"] for a in ray.util.list_named_actors(all_namespaces=True) if a["name"] == CONTROLLER}
+        others.discard(namespace(but))
+        ray.shutdown()
+        if others:
+            say(f"the local Ray cluster stays for {', '.join(sorted(others))}")
+            return
+    local_ray.stop(local)
+    say("the local Ray cluster is stopped")
+
+
+def parts(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """Router and workers of a status, in the order in which they are shown."""
+    return [status["router"], *(worker for pool in status["pools"].values() for worker in pool["workers"])]
+
+
+def is_settled(status: dict[str, Any]) -> bool:
+    """Every pool has exactly its target of ready workers, and the router runs."""
+    sizes = all(len(p["workers"]) == p["ready"] == p["target"] for p in status["pools"].values())
+    return sizes and status["router"]["state"] == "ready"
+
+
+def _wait_until_ready(deployment: Deployment, config: DeploymentConfig, say: Say) -> None:
+    seen: dict[str, tuple[str, str]] = {}
+    placing_since: dict[str, float] = {}
+    for status in deployment.changes():
+        for part in parts(status):
+            now = (part["state"], part["detail"])
+            if seen.get(part["id"]) != now:
+                seen[part["id"]] = now
+                say(f"{part['id']:<12} {part['state']:<9} {part['detail']}".rstrip())
+            if part["state"] == "failed":
+                raise LaunchError(f"{part['id']} did not start: {part['detail']}")
+            if part["state"] != "placing":
+                placing_since.pop(part["id"], None)
+            elif time.monotonic() - placing_since.setdefault(part["id"], time.monotonic()) > config.placement_timeout_s:
+                detail = part["detail"] or "Ray has not started its process"
+                raise LaunchError(f"{part['id']} found no place within {config.placement_timeout_s:g} s: {detail}")
+        if is_settled(status):
+            return
+
+
+def _wait_until_gone(pids: list[int]) -> None:
+    processes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(pid))
+    psutil.wait_procs(processes, timeout=_GONE_S)
+
+
+def _join(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"no Ray cluster answers at {address}: {error}") from None
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except Exception as error:  # versions that differ, a wrong token, and what else Ray refuses
+        raise LaunchError(f"cannot join the Ray cluster at {address}: {explain(error)}") from None
+
+
+def _join_local(local: local_ray.LocalRay) -> None:
+    local_ray.loopback_only()
+    _join(local.address)
+
+
+def _running_cluster() -> str:
+    """The address that the last `ray start` on this machine left behind, if something answers there."""
+    from ray._private.services import find_bootstrap_address
+
+    address = find_bootstrap_address(None)
+    if not address:
+        return ""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except (OSError, ValueError):
+        return ""
+    return address
+
+
+def _object_store_bytes(transport: str) -> int:
+    """Large enough for KV on its way when KV goes through it, else as small as Ray likes."""
+    wanted = 1 << 30 if transport == "ray_store" else 128 << 20
+    return max(80 << 20, min(wanted, shutil.disk_usage("/dev/shm").free // 2))
