@@ -124,7 +124,7 @@ def _fallback_speller(pattern: str, content: str) -> Any:
     def spell(token: str) -> bytes:
         text = token.replace(pattern, content)
         byte = _FALLBACK_BYTE.match(text)
-        return bytes([int(byte.group(1), 16)]) if byte else text.encode()
+        return bytes([int(text[3:5], 16)]) if byte else text.encode()
 
     return spell
 

@@ -105,7 +105,7 @@ class Router:
             "draining": self.admission.is_closed,
             "ready_prefill_workers": prefill,
             "ready_decode_workers": decode,
-            "in_flight": self.admission.num_in_flight,
+            "running_requests": self.admission.num_in_flight,
             "phases": self.admission.phases(),
             "workers": {
                 worker_id: {

@@ -8,6 +8,7 @@ allowed. Wire facts: a negative uint32 arrives as a huge number, floats may be N
 import math
 import re
 import secrets
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -228,8 +229,14 @@ def _check_stopping(stopping: pb.StoppingCriteria, vocab_size: int, limits: Limi
 
 
 def _outside(value: float, lowest: float, highest: float, open_below: bool = False) -> str:
-    return (
-        f"is {value:.9g}; allowed is {'(' if open_below else '['}{lowest}, {highest}]"
-        if isinstance(value, float)
-        else f"is {value}; allowed is [{lowest}, {highest}]"
+    said = _shortest(value) if isinstance(value, float) else str(value)
+    return f"is {said}; allowed is {'(' if open_below else '['}{lowest}, {highest}]"
+
+
+def _shortest(value: float) -> str:
+    """The fewest digits that name this single-precision value: 2.1, not 2.0999999."""
+    wanted = struct.pack("f", value)
+    return next(
+        (text for text in (f"{value:.{n}g}" for n in range(6, 9)) if struct.pack("f", float(text)) == wanted),
+        f"{value:.9g}",
     )

@@ -81,7 +81,7 @@ class Session:
 
 
 class StubWorker:
-    """`log` holds (event, run_id, attempt) in order: what tests assert on. `sent_at` holds (run, index, offset) -> time."""
+    """`log` holds (event, run_id, attempt) in order: what tests assert on. `sent_at`: (run, index, offset) -> time."""
 
     def __init__(self, cluster: "StubCluster", worker_id: str, role: str, num_blocks: int, fingerprint: str):
         self.cluster = cluster
