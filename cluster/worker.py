@@ -24,7 +24,7 @@ from decode_worker.session import DecodeServicer
 from engine.config import EngineConfig
 from engine.dispatch import Dispatcher
 from engine.engine import Engine
-from kv_transfer.base import BlockMemory
+from kv_transfer.memory import BlockMemory
 from kv_transfer.receiver import Receiver
 from prefill_worker.peers import Peers
 from prefill_worker.servicer import PrefillServicer
@@ -92,7 +92,6 @@ class Worker:
 
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        kv_transfer.serve(self._transport, self._receiver, self._server, self._object_store)
         kv_grpc.add_KvTransferServiceServicer_to_server(self._kv, self._server)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, self._server)
         worker_pb2_grpc.add_PrefillServiceServicer_to_server(self._prefill, self._server)
@@ -100,6 +99,9 @@ class Worker:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
         self.address = f"{self._host}:{port}"
+        self._unserve = kv_transfer.serve(
+            self._transport, self._receiver, self._server, self._object_store, self.address
+        )
         engine.start()
         await self._server.start()
         await self._set_state(worker_pb2.WORKER_STATE_READY)
@@ -138,6 +140,7 @@ class Worker:
         self._housekeeping.cancel()
         await self._set_state(worker_pb2.WORKER_STATE_STOPPED)
         await self._server.stop(grace=0.2)
+        self._unserve()
         await self._prefill.close()
         await self._peers.close()
         await self._sender.close()
@@ -190,9 +193,7 @@ class Worker:
         for position, block in enumerate(block_ids):
             slab[block].fill_(seed[position % len(seed)])
         peer = await self._peers.connect(self._peers.find(target_worker_id))
-        granted = await peer.stub.Canary(
-            kv.CanaryRequest(source=self.me, num_blocks=len(block_ids)), timeout=10.0
-        )
+        granted = await peer.stub.Canary(kv.CanaryRequest(source=self.me, num_blocks=len(block_ids)), timeout=10.0)
         started = time.perf_counter()
         outgoing = self._sender.open(peer.address, granted.transfer_id)
         try:

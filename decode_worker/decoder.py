@@ -7,14 +7,13 @@ through the Dispatcher.
 import asyncio
 from collections.abc import Callable, Sequence
 
+from decode_worker.runs import Run, RunState, RunTable
 from engine.dispatch import Dispatcher
 from engine.engine import Engine
 from engine.request import Event, Failed, FirstToken, Preempted, Reservation, Started, Token
 from engine.wire import finish_to_pb, logprob_to_pb, request_from_pb
-from decode_worker.runs import Run, RunState, RunTable
 from kv_transfer.receiver import Receiver
 from protos import inference_pb2, worker_pb2
-from protos import kv_transfer_pb2 as kv
 
 # The router ends a run at its deadline; this is for a router that has lost its mind or its network.
 DEADLINE_GRACE_S = 2.0
@@ -112,9 +111,7 @@ class Decoder:
         self.engine.release(run.owner)
         self.runs.remove(run)
 
-    def fail(
-        self, run: Run, reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool
-    ) -> None:
+    def fail(self, run: Run, reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool) -> None:
         if run.state is not RunState.OVER:
             self.end(run)
             run.emit(run.entry(failed=worker_pb2.Failed(reason=reason, message=message, retryable=retryable)))

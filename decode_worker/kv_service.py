@@ -1,6 +1,6 @@
 """KvTransferService: the receiving side's control plane, for every transport.
 
-    Handshake once per peer, then per run: Reserve -> (chunks, by the transport) -> Commit, or Release.
+Handshake once per peer, then per run: Reserve -> (chunks, by the transport) -> Commit, or Release.
 """
 
 import asyncio

@@ -88,7 +88,7 @@ class RunTable:
             self._arrived.notify_all()
 
     async def wait_for(self, run_id: str, attempt: int, timeout_s: float) -> Run | None:
-        """The attempt once the router has announced it: a Reserve may overtake its Expect. None: not within the time."""
+        """The attempt once the router has announced it, since a Reserve may overtake its Expect; None if too late."""
 
         def here() -> Run | None:
             run = self._runs.get(run_id)

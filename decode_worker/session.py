@@ -21,7 +21,7 @@ MAX_UNSENT_ENTRIES = 65536
 
 
 class Outbox:
-    """Entries for one router, handed over as one message per wake-up of the stream: a step's entries travel together."""
+    """Entries for one router; those queued since the stream last woke up, so all of a step's, become one message."""
 
     def __init__(self) -> None:
         self._entries: list[worker_pb2.StepEntry] = []

@@ -154,7 +154,5 @@ async def _next_event(events: asyncio.Queue[Event], handoff: Handoff | None) -> 
         getting.cancel()
 
 
-def _failed(
-    reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool
-) -> worker_pb2.PrefillEvent:
+def _failed(reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool) -> worker_pb2.PrefillEvent:
     return worker_pb2.PrefillEvent(failed=worker_pb2.Failed(reason=reason, message=message, retryable=retryable))

@@ -185,7 +185,7 @@ class TestEndsEarly:
             aborted = await s.stub.Abort(pb.AbortRequest(request_ids=["stop-me", "unknown"]), timeout=5.0)
             assert aborted.aborted == 1
             last = None
-            async for message in call:
+            while (message := await call.read()) is not grpc.aio.EOF:
                 last = message
             assert last.finish_info.finish_reason == pb.FINISH_REASON_ABORTED
             await s.settle(5.0)
