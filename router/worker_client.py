@@ -261,8 +261,8 @@ class WorkerClient:
     def _lose(self, why: str) -> None:
         if self.connection is not Connection.CLOSED:
             self.connection = Connection.LOST
-        if why != self.last_error:
-            log.warning("worker %s at %s: %s", self.worker_id, self.member.address, why)
+            if why != self.last_error:
+                log.warning("worker %s at %s: %s", self.worker_id, self.member.address, why)
         self.last_error = why
         for resident in list(self.residents.values()):
             resident.on_worker_lost(self, why)
