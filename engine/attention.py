@@ -38,7 +38,8 @@ def attention(
     recorder = getattr(pdserve_batch, "record", None)
     if recorder is not None:
         recorder(module, query, key, value, sliding_window, other)
-    return attend(module.layer_idx, query, key, value, pdserve_batch, scale, sliding_window or 0, softcap, s_aux), None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return attend(layer, query, key, value, pdserve_batch, scale, sliding_window or 0, softcap, s_aux), None
 
 
 def attend(
@@ -93,8 +94,9 @@ def _attend_chunk(q, k, v, group: Group, window, scale, softcap, sinks) -> torch
         return out.transpose(1, 2)
     q = q.unflatten(1, (num_kv_heads, -1))
     sinks = None if sinks is None else sinks.view(num_kv_heads, -1, 1, 1)
-    mask = group.mask(window, q.dtype)[:, None]
-    out = _plain(q, k[:, :, None], v[:, :, None], mask, scale, softcap, sinks)
+    mask = group.mask(window, q.dtype)
+    assert mask is not None, "several queries always need one"
+    out = _plain(q, k[:, :, None], v[:, :, None], mask[:, None], scale, softcap, sinks)
     return out.flatten(1, 2).transpose(1, 2)
 
 

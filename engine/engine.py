@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from engine.config import EngineConfig
+from engine.invariants import check
+from engine.limits import Limits
 from engine.model import ModelInfo
-from engine.request import Event, Failed, FirstToken, Request, Reservation, check_request
+from engine.request import Event, Failed, FirstToken, Request, Reservation
 from engine.runner import KVSink, Runner
 from engine.scheduler import Scheduler
 from engine.sequence import EngineStats, Plan
@@ -63,6 +66,13 @@ class Engine:
             self.model_info.max_model_len,
             self.model_info.eos_token_ids,
             config.enable_prefix_caching,
+        )
+        self._limits = Limits(
+            self.model_info.vocab_size,
+            self.model_info.max_model_len,
+            self._scheduler.max_num_seqs,
+            num_blocks,
+            self.layout.block_size,
         )
         say(
             f"{self.model_info.name}: {self.model_info.num_parameters / 1e6:.0f}M parameters in {runner.load_s:.1f} s, "
@@ -110,8 +120,7 @@ class Engine:
 
         ValueError: a parameter out of range, an id in use, or a request that can never fit.
         """
-        check_request(request, self.model_info.vocab_size, self.model_info.max_model_len)
-        self._scheduler.check_submit(request)
+        (self._limits.check_submit if sink is None else self._limits.check_sink)(request)
         with self._wake:
             if request.id in self._ids:
                 raise ValueError(f"id: {request.id!r} is in this engine already")
@@ -129,8 +138,7 @@ class Engine:
         `block_ids` covers exactly `num_tokens`; the room to grow stays inside. ValueError at once if it can never fit;
         `release(owner)` takes the question back.
         """
-        check_request(request, self.model_info.vocab_size, self.model_info.max_model_len)
-        self._scheduler.check_reserve(request, num_tokens)
+        self._limits.check_reserve(request, num_tokens)
         future: Future[Reservation] = Future()
 
         def ask() -> None:
@@ -168,7 +176,7 @@ class Engine:
         self._do(free)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request in any phase, its reservation included. Idempotent; no events for it after the current step."""
+        """Ends a request in any phase, its reservation included. Idempotent; no events after the current step."""
 
         def end() -> None:
             self._scheduler.abort(request_id)
@@ -195,7 +203,7 @@ class Engine:
         future: Future[None] = Future()
 
         def run() -> None:
-            self._scheduler.check()
+            check(self._scheduler)
             _resolve(future, None)
 
         self._do(run, future)
@@ -249,14 +257,14 @@ class Engine:
             self._call_sink(request_id, lambda sink: sink.wanted())
         for request_id, start, block_ids in plan.cached:
             layers = self.layout.num_layers
-            self._call_sink(request_id, lambda sink, i=block_ids, s=start: sink.ready(tuple(i), s, 0, layers))
+            self._call_sink(request_id, partial(_report_cached, tuple(block_ids), start, layers))
 
     def _call_sink(self, request_id: str, call: Callable[[Any], None]) -> None:
         try:
             call(self._sinks[request_id])
-        except Exception:
+        except Exception as error:
             log.exception("the KV sink of %s failed", request_id)
-            self._do(lambda: self._fail(request_id, f"KV sink failed: {error}"))
+            self._do(partial(self._fail, request_id, f"KV sink failed: {error}"))
 
     def _fail(self, request_id: str, message: str) -> None:
         if request_id in self._sinks:
@@ -269,7 +277,7 @@ class Engine:
         self._scheduler.add(request, sink is not None)
 
     def _apply(self) -> None:
-        ops, self._scheduler.memory_ops = self._scheduler.memory_ops, []
+        ops, self._scheduler.blocks.memory_ops = self._scheduler.blocks.memory_ops, []
         self._runner.apply(ops)
 
     def _settle(self) -> None:
@@ -314,6 +322,10 @@ def _fit(config: EngineConfig, info: ModelInfo, num_tokens: int) -> ModelInfo:
         return info
     log.warning("max_model_len lowered from %d to %d: the KV cache holds no more", info.max_model_len, num_tokens)
     return replace(info, max_model_len=num_tokens)
+
+
+def _report_cached(block_ids: tuple[int, ...], start: int, num_layers: int, sink: KVSink) -> None:
+    sink.ready(block_ids, start, 0, num_layers)
 
 
 def _resolve(future: Future, value: object) -> bool:

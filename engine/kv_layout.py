@@ -1,6 +1,6 @@
 """How a KV block's bytes are laid out, and the fingerprint by which two workers know that theirs mean the same.
 
-    block = [layer 0 | layer 1 | ...],  layer = [K | V],  K = [kv_head, token, key_dim],  V = [kv_head, token, value_dim]
+    block = [layer 0 | layer 1 | ..]   layer = [K | V]   K = [kv_head, token, key_dim]   V = [kv_head, token, value_dim]
 
 Blocks are contiguous and layers within a block in order, so any layer range of a block is one run of bytes.
 """

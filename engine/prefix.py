@@ -4,8 +4,10 @@
     h_i = sha256(h_{i-1} + tokens of unit i as uint32 little-endian)
 
 A block's hash is that of its last unit, so router, prefill and decode workers agree whatever their block sizes.
-Test vector: namespace b"", tokens 0..15 -> h_1 =
-    see tests/test_block_pool.py
+Test vectors, namespace b"", tokens 0, 1, 2, ...:
+    h_0 = c443197e0f65a7d882bc4f4211d7fa3ff665a77ab32be7a0c1530fc36441b1be
+    h_1 = d09481be8f58a164992669e5241ca9843d38638e9abc983ed751293a60914d67
+    h_2 = 3fc65c3e364333f4261ff0eb55f053f6d73c3fc27f20ab82be7366f78eaba0cd
 """
 
 import struct

@@ -1,7 +1,7 @@
 """The engine's vocabulary: what comes in (Request), what a step reports (events), what a hand-off needs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -141,7 +141,7 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Blocks granted to `owner`: logical block i of the prompt is block_ids[i]; those before num_cached_tokens are filled."""
+    """Blocks granted to `owner`: logical block i of the prompt is block_ids[i]. The cached ones are filled already."""
 
     owner: str
     block_ids: tuple[int, ...]
@@ -167,28 +167,16 @@ def _check_integer(params: SamplingParams, name: str, low: int, high: int) -> No
         raise ValueError(f"{name}: {value!r} is not an integer in [{low}, {high}]")
 
 
-def check_request(request: Request, vocab_size: int, max_model_len: int) -> None:
-    """What only the model's limits decide. Raises ValueError naming field, value and allowed range."""
-    length, sampling = len(request.token_ids), request.sampling
-    if not 1 <= length < max_model_len:
-        raise ValueError(
-            f"token_ids: {length} tokens is not in [1, {max_model_len - 1}] (max_model_len {max_model_len})"
-        )
-    if not 1 <= request.num_prompt_tokens <= length:
-        raise ValueError(f"num_prompt_tokens: {request.num_prompt_tokens} is not in [1, {length}]")
-    if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
-        bad = next(t for t in request.token_ids if not 0 <= t < vocab_size)
-        raise ValueError(f"token_ids: {bad} is not in [0, {vocab_size - 1}]")
-    num_output = length - request.num_prompt_tokens
-    if num_output >= sampling.max_tokens:
-        raise ValueError(f"max_tokens: {sampling.max_tokens} is not above the {num_output} output tokens already there")
-    if num_output and sampling.num_sequences > 1:
-        raise ValueError(f"num_sequences: {sampling.num_sequences} is not 1, and token_ids already hold output")
-    _check_ids("logit_bias", sampling.logit_bias, vocab_size)
-    _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
-
-
-def _check_ids(name: str, token_ids: Mapping[int, float] | frozenset[int] | Sequence[int], vocab_size: int) -> None:
-    for token_id in token_ids:
-        if token_id >= vocab_size:
-            raise ValueError(f"{name}: token id {token_id} is not in [0, {vocab_size - 1}]")
+def find_finish(
+    request: Request, offset: int, token_id: int, eos_token_ids: frozenset[int], max_model_len: int
+) -> Finish | None:
+    """Whether the token at output position `offset` ends its sequence. EOS and stop ids count from min_tokens on."""
+    sampling = request.sampling
+    if offset >= sampling.min_tokens:
+        if token_id in eos_token_ids and not sampling.ignore_eos:
+            return Finish(FinishReason.STOP, eos_token_id=token_id)
+        if token_id in sampling.stop_token_ids:
+            return Finish(FinishReason.STOP, stop_token_id=token_id)
+    if offset + 1 >= sampling.max_tokens or request.num_prompt_tokens + offset + 1 >= max_model_len:
+        return Finish(FinishReason.LENGTH)
+    return None

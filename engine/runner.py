@@ -98,8 +98,8 @@ class Runner:
         room = free - activations - int(total * (1 - config.gpu_memory_utilization))
         if room < block_bytes:
             raise ValueError(
-                f"gpu_memory_utilization: {config.gpu_memory_utilization} leaves {room / 2**30:.2f} GiB for the KV cache "
-                f"of {self.model.info.name}; raise it (at most 1.0) or lower max_num_batched_tokens"
+                f"gpu_memory_utilization: {config.gpu_memory_utilization} leaves {room / 2**30:.2f} GiB for the KV "
+                f"cache of {self.model.info.name}; raise it (at most 1.0) or lower max_num_batched_tokens"
             )
         return room // block_bytes
 
@@ -120,7 +120,8 @@ class _Report:
 
     def __init__(self, row: Row, sink: KVSink, layout: KVLayout):
         assert row.report is not None
-        self.row, self.sink, self.error = row, sink, None
+        self.row, self.sink = row, sink
+        self.error: Exception | None = None
         self.start, stop = row.report
         self.block_ids = tuple(row.sequence.block_ids[self.start : stop])
         per_layer = max(1, len(self.block_ids) * layout.block_bytes // layout.num_layers)

@@ -8,23 +8,22 @@ Reservations, pinned prompts and admitted sink prompts are never preempted: they
 """
 
 from bisect import insort
-from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import count
 
-from engine.block_pool import BlockPool
-from engine.prefix import block_hashes
+from engine.allocator import Allocator
+from engine.limits import num_growth_blocks
 from engine.request import (
     Event,
     Failed,
-    Finish,
-    FinishReason,
     FirstToken,
     Preempted,
     Request,
     Reservation,
     Started,
     Token,
+    find_finish,
 )
 from engine.sequence import (
     EngineStats,
@@ -41,7 +40,7 @@ from engine.sequence import (
 
 
 class Scheduler:
-    """Not thread-safe: the engine's thread owns it, but for the check_ methods, which read constants only."""
+    """Not thread-safe: the engine's thread owns it."""
 
     def __init__(
         self,
@@ -53,16 +52,13 @@ class Scheduler:
         eos_token_ids: frozenset[int] = frozenset(),
         enable_prefix_caching: bool = True,
     ):
-        self.pool = BlockPool(num_blocks)
+        self.blocks = Allocator(num_blocks, block_size, enable_prefix_caching)
+        self.pool = self.blocks.pool
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every sequence decodes in every step
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that each decodes in every step
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
-        self.enable_prefix_caching = enable_prefix_caching
-        self.memory_ops: list[
-            tuple[int | None, int]
-        ] = []  # (source, block): copy; (None, block): zero. In order, before anything else
         self.ended: list[str] = []  # requests that are over, for the engine to collect
         self._runs: dict[str, Run] = {}
         self._queue: list[Sequence | QueuedReservation] = []
@@ -74,30 +70,10 @@ class Scheduler:
 
     # ---------------------------------------------------------------- commands, between steps
 
-    def check_submit(self, request: Request) -> None:
-        """ValueError if `request` can never run here."""
-        self._check_seats(request)
-        total = min(request.num_prompt_tokens + request.sampling.max_tokens, self.max_model_len)
-        self._check_blocks(self._num_blocks(max(total - 1, len(request.token_ids))), f"{total} tokens")
-
-    def check_reserve(self, request: Request, num_tokens: int) -> None:
-        """ValueError if the pages can never be granted."""
-        self._check_seats(request)
-        if not len(request.token_ids) <= num_tokens <= self.max_model_len:
-            raise ValueError(f"num_tokens: {num_tokens} is not in [{len(request.token_ids)}, {self.max_model_len}]")
-        needed = self._num_blocks(num_tokens) + self._num_growth(request, num_tokens)
-        self._check_blocks(needed, f"{num_tokens} tokens for {request.sampling.num_sequences} sequences")
-
     def add(self, request: Request, is_sink: bool = False) -> None:
-        sequence = Sequence(
-            request,
-            0,
-            list(request.token_ids),
-            next(self._arrivals),
-            forks=request.sampling.num_sequences,
-            is_sink=is_sink,
-            gate=Gate.CLOSED if is_sink else Gate.OPEN,
-        )
+        gate = Gate.CLOSED if is_sink else Gate.OPEN
+        n = request.sampling.num_sequences
+        sequence = Sequence(request, 0, list(request.token_ids), next(self._arrivals), n, is_sink, gate)
         self._runs[request.id] = Run(request, [sequence])
         self._enqueue(sequence)
 
@@ -105,8 +81,7 @@ class Scheduler:
         """The receiver has pages for a sink prompt and already holds the blocks before `first_block`."""
         run = self._runs.get(request_id)
         if run is not None and run.live and run.live[0].gate is not Gate.OPEN:
-            run.live[0].gate = Gate.OPEN
-            run.live[0].first_block = run.live[0].num_reported = first_block
+            run.live[0].gate, run.live[0].num_reported = Gate.OPEN, first_block
 
     def reserve(self, owner: str, request: Request, num_tokens: int) -> None:
         """Queue for pages; a later plan's `granted` has the answer."""
@@ -137,7 +112,7 @@ class Scheduler:
         sequence.num_computed, sequence.num_committed = len(request.token_ids), held.num_cached
         sequence.was_started, sequence.status = True, Status.RUNNING
         self._running.append(sequence)
-        self._commit(sequence)
+        self.blocks.commit(sequence)
         self.pool.release(held.growth)  # for the forks, right below
         lost = self._branch(sequence, [(t.token_id, t.finished) for t in first_tokens])
         assert not lost, "a reservation has room for its forks"
@@ -188,7 +163,7 @@ class Scheduler:
                 continue
             sequence.num_computed += row.num_tokens
             self._computed += max(0, min(row.stop, len(sequence.request.token_ids)) - row.start)
-            self._commit(sequence)
+            self.blocks.commit(sequence)
             if result.tokens:
                 self._take_tokens(sequence, result, events)
         return events
@@ -208,7 +183,7 @@ class Scheduler:
             num_reservations=num_reservations,
             num_running=len(self._running),
             num_waiting=len(self._queue),
-            num_waiting_tokens=sum(_num_tokens(entry) for entry in self._queue),
+            num_waiting_tokens=sum(entry.num_tokens for entry in self._queue),
             total_blocks=self.pool.num_blocks,
             free_blocks=self.pool.num_free,
             reserved_blocks=sum(len(held.block_ids) + len(held.growth) for held in self._held.values()),
@@ -254,10 +229,11 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, plan: Plan) -> bool:
         """Gives a queued sequence its seat and all the blocks its tokens need, cached ones first."""
-        blocks = self._take_blocks(sequence.request, sequence.token_ids, sequence.hashes, len(sequence.token_ids), 0)
-        if blocks is None or not self._has_seats(sequence.forks):
-            if blocks is not None:
-                self.pool.release(blocks[1])
+        request, token_ids = sequence.request, sequence.token_ids
+        blocks = None
+        if self._has_seats(sequence.forks):
+            blocks = self.blocks.take(request, token_ids, sequence.hashes, len(token_ids), self._headroom)
+        if blocks is None:
             return False
         num_hits, sequence.block_ids, sequence.hashes = blocks
         sequence.num_computed, sequence.num_committed = num_hits * self.block_size, num_hits
@@ -266,20 +242,20 @@ class Scheduler:
         if not sequence.was_started:
             sequence.was_started = True
             self._cached += sequence.num_computed
-            plan.events.append(Started(sequence.request.id, sequence.num_computed))
+            plan.events.append(Started(request.id, sequence.num_computed))
         if sequence.is_sink and sequence.num_reported < num_hits:
             first = sequence.num_reported
-            plan.cached.append((sequence.request.id, first, sequence.block_ids[first:num_hits]))
+            plan.cached.append((request.id, first, sequence.block_ids[first:num_hits]))
             sequence.num_reported = num_hits
         return True
 
     def _hold(self, entry: QueuedReservation) -> Reservation | None:
         """Grants a reservation: the prompt's blocks, its prefix hits pinned at the front, and room to grow."""
         request, n = entry.request, entry.request.sampling.num_sequences
-        growth = self._num_growth(request, entry.num_tokens)
-        blocks = (
-            self._take_blocks(request, request.token_ids, [], entry.num_tokens, growth) if self._has_seats(n) else None
-        )
+        growth = num_growth_blocks(n, entry.num_tokens, self.block_size)
+        if not self._has_seats(n):
+            return None
+        blocks = self.blocks.take(request, request.token_ids, [], entry.num_tokens, growth + self._headroom)
         if blocks is None:
             return None
         num_hits, block_ids, hashes = blocks
@@ -287,25 +263,6 @@ class Scheduler:
         assert extra is not None, "the room to grow was counted"
         self._held[entry.owner] = HeldReservation(request, block_ids, num_hits, extra, hashes)
         return Reservation(entry.owner, tuple(block_ids), num_hits * self.block_size, next(self._generations))
-
-    def _take_blocks(
-        self, request: Request, token_ids: Seq[int], hashes: list[bytes], num_tokens: int, extra: int
-    ) -> tuple[int, list[int], list[bytes]] | None:
-        """(hits, blocks, hashes) for `num_tokens`, if `extra` blocks and one per growing sequence remain; else None.
-
-        Hits stop at the last whole block of the first n - 1 tokens: the last token is always computed, for its logits.
-        """
-        hits: list[int] = []
-        if self._caches(request):
-            hashes = block_hashes(token_ids, self.block_size, request.namespace, hashes)
-            hits = self.pool.match(hashes[: (len(token_ids) - 1) // self.block_size])
-        needed = self._num_blocks(num_tokens) - len(hits)
-        headroom = sum(not s.is_sink for s in self._running)
-        fresh = self.pool.allocate(needed) if needed + extra + headroom <= self.pool.num_free else None
-        if fresh is None:
-            self.pool.release(hits)
-            return None
-        return len(hits), hits + fresh, hashes
 
     # ---------------------------------------------------------------- running sequences
 
@@ -341,23 +298,12 @@ class Scheduler:
         self._preemptions += 1
         self._enqueue(sequence)
 
-    def _commit(self, sequence: Sequence) -> None:
-        """Offers the blocks filled so far to the prefix cache. Their logits were finite, or their manifest verified."""
-        if self._caches(sequence.request):
-            filled = sequence.num_computed // self.block_size
-            if filled > len(sequence.hashes):
-                namespace = sequence.request.namespace
-                sequence.hashes = block_hashes(sequence.token_ids, self.block_size, namespace, sequence.hashes)
-            for i in range(sequence.num_committed, filled):
-                self.pool.commit(sequence.block_ids[i], sequence.hashes[i])
-            sequence.num_committed = filled
-
     def _take_tokens(self, sequence: Sequence, result: RowResult, events: list[Event]) -> None:
         request = sequence.request
         offset = len(sequence.token_ids) - request.num_prompt_tokens
         branches = []
         for i, (token_id, logprob) in enumerate(result.tokens):
-            finish = self._finish(request, offset, token_id)
+            finish = find_finish(request, offset, token_id, self.eos_token_ids, self.max_model_len)
             events.append(Token(request.id, sequence.index + i, offset, token_id, logprob, finish))
             branches.append((token_id, finish is not None))
         self._generated += len(branches)
@@ -370,25 +316,12 @@ class Scheduler:
         for lost in self._branch(sequence, branches):
             events.append(Preempted(request.id, lost.index))
 
-    def _finish(self, request: Request, offset: int, token_id: int) -> Finish | None:
-        sampling = request.sampling
-        if offset >= sampling.min_tokens:
-            if token_id in self.eos_token_ids and not sampling.ignore_eos:
-                return Finish(FinishReason.STOP, eos_token_id=token_id)
-            if token_id in sampling.stop_token_ids:
-                return Finish(FinishReason.STOP, stop_token_id=token_id)
-        length = request.num_prompt_tokens + offset + 1
-        if offset + 1 >= sampling.max_tokens or length >= self.max_model_len:
-            return Finish(FinishReason.LENGTH)
-        return None
-
     def _branch(self, sequence: Sequence, tokens: list[tuple[int, bool]]) -> list[Sequence]:
         """Appends each (token, finished) to its own sequence: `sequence` takes the first, forks the others.
 
         Forks share the full blocks and copy the partial one. Returns the forks that found no block: they are queued.
         """
         run = self._runs[sequence.request.id]
-        full, tail = divmod(sequence.num_computed, self.block_size)
         sequence.forks = 1
         lost = []
         for i, (token_id, finished) in enumerate(tokens[1:], start=1):
@@ -397,33 +330,24 @@ class Scheduler:
             fork = Sequence(sequence.request, i, [*sequence.token_ids, token_id], sequence.arrival, was_started=True)
             fork.hashes = sequence.hashes
             run.live.append(fork)
-            own = self.pool.allocate(1) if tail else []
-            if own is None:
-                self._preempt_fork(fork)
+            if self.blocks.fork(sequence, fork):
+                fork.status = Status.RUNNING
+                self._running.append(fork)
+            else:
+                fork.was_preempted = True
+                self._preemptions += 1
+                self._enqueue(fork)
                 lost.append(fork)
-                continue
-            self.pool.retain(sequence.block_ids[:full])
-            fork.block_ids = sequence.block_ids[:full] + own
-            fork.num_computed, fork.num_committed = sequence.num_computed, sequence.num_committed
-            if own:
-                self.memory_ops.append((sequence.block_ids[full], own[0]))
-            fork.status = Status.RUNNING
-            self._running.append(fork)
         token_id, finished = tokens[0]
         sequence.token_ids.append(token_id)
         if finished:
             self._end_sequence(run, sequence)
         return lost
 
-    def _preempt_fork(self, fork: Sequence) -> None:
-        fork.was_preempted = True
-        self._preemptions += 1
-        self._enqueue(fork)
-
     # ---------------------------------------------------------------- endings
 
     def _end_sequence(self, run: Run, sequence: Sequence) -> list[int]:
-        """Frees what one sequence holds; the run ends with its last one. Returns the blocks that became free outright."""
+        """Frees what one sequence holds; the run ends with its last. Returns the blocks that became free outright."""
         if sequence.status is Status.RUNNING:
             self._running.remove(sequence)
         elif sequence.status is Status.WAITING:
@@ -452,73 +376,26 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, reason: str, message: str) -> Failed:
         request = sequence.request
-        self._zero(self._end(self._runs[request.id]))
+        self.blocks.wipe(self._end(self._runs[request.id]))
         return Failed(request.id, reason, message)
 
-    def _drop_reservations(self, chosen) -> None:
+    def _drop_reservations(self, chosen: Callable[[str, Request], bool]) -> None:
         for owner in [o for o, held in self._held.items() if chosen(o, held.request)]:
             held = self._held.pop(owner)
-            self._zero(self.pool.release(held.block_ids) + self.pool.release(held.growth))
+            self.blocks.wipe(self.pool.release(held.block_ids) + self.pool.release(held.growth))
         self._queue = [e for e in self._queue if not (isinstance(e, QueuedReservation) and chosen(e.owner, e.request))]
 
-    def _zero(self, block_ids: list[int]) -> None:
-        """Blocks that may hold NaN are wiped: attention masks a stale slot by adding -inf, and NaN survives that."""
-        self.memory_ops += [(None, block_id) for block_id in block_ids]
-
-    # ---------------------------------------------------------------- arithmetic and checks
+    # ---------------------------------------------------------------- queue and seats
 
     def _enqueue(self, entry: Sequence | QueuedReservation) -> None:
         insort(self._queue, entry, key=lambda e: e.order)
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
-    def _num_growth(self, request: Request, num_tokens: int) -> int:
-        """Blocks beyond the prompt's own: the first generated token's, and each fork's private tail."""
-        n = request.sampling.num_sequences
-        return n - 1 if num_tokens % self.block_size else n
-
-    def _caches(self, request: Request) -> bool:
-        return self.enable_prefix_caching and request.use_prefix_cache
+    @property
+    def _headroom(self) -> int:
+        """A block for each sequence that grows: what admission must leave, or it would preempt at once."""
+        return sum(not s.is_sink for s in self._running)
 
     def _has_seats(self, n: int) -> bool:
         taken = sum(s.forks for s in self._running)
         taken += sum(held.request.sampling.num_sequences for held in self._held.values())
         return taken + n <= self.max_num_seqs
-
-    def _check_seats(self, request: Request) -> None:
-        n = request.sampling.num_sequences
-        if n > self.max_num_seqs:
-            raise ValueError(f"num_sequences: {n} is not in [1, {self.max_num_seqs}] (max_num_seqs)")
-
-    def _check_blocks(self, needed: int, what: str) -> None:
-        if needed > self.pool.num_blocks:
-            raise ValueError(f"KV cache: {what} need {needed} blocks, and all there are is {self.pool.num_blocks}")
-
-    def check(self) -> None:
-        """Every invariant, those of the pool included. AssertionError says which one is broken."""
-        owned: Counter[int] = Counter()
-        for run in self._runs.values():
-            assert bool(run.live) != (run.pinned is not None), f"{run.request.id}: neither alive nor pinned"
-            owned.update(run.pinned or ())
-            for sequence in run.live:
-                owned.update(sequence.block_ids)
-                waiting, running = sequence in self._queue, sequence in self._running
-                assert waiting == (sequence.status is Status.WAITING), f"{run.request.id}: queue and status differ"
-                assert running == (sequence.status is Status.RUNNING), f"{run.request.id}: batch and status differ"
-                assert running or not sequence.block_ids, f"{run.request.id}: holds blocks while it waits"
-                capacity = len(sequence.block_ids) * self.block_size
-                assert not running or sequence.num_computed <= capacity, f"{run.request.id}: KV outside its blocks"
-                assert sequence.num_pending >= 1, f"{run.request.id}: nothing left to compute"
-        for held in self._held.values():
-            owned.update(held.block_ids)
-            owned.update(held.growth)
-        live = sum(len(run.live) for run in self._runs.values())
-        assert live == len(self._running) + sum(isinstance(e, Sequence) for e in self._queue), "a sequence has no run"
-        assert self._queue == sorted(self._queue, key=lambda e: e.order), "the queue is out of order"
-        assert sum(s.forks for s in self._running) <= self.max_num_seqs, "more sequences than seats"
-        self.pool.check(owned)
-
-
-def _num_tokens(entry: Sequence | QueuedReservation) -> int:
-    return len(entry.token_ids) if isinstance(entry, Sequence) else entry.num_tokens

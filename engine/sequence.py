@@ -35,7 +35,6 @@ class Sequence:
     forks: int = 1  # how many sequences its next sampled row starts: n until the prompt is done, then 1
     is_sink: bool = False
     gate: Gate = Gate.OPEN
-    first_block: int = 0  # a sink's receiver already holds the blocks before this one
     status: Status = Status.WAITING
     was_preempted: bool = False
     was_started: bool = False
@@ -43,7 +42,11 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed yet
     num_computed: int = 0
     num_committed: int = 0  # leading blocks already offered to the prefix cache
-    num_reported: int = 0  # leading blocks already reported to the sink
+    num_reported: int = 0  # leading blocks that the sink's receiver holds or was told of
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def num_pending(self) -> int:

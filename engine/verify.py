@@ -4,6 +4,7 @@ Some architectures ignore the attention interface and would silently attend to n
 step records every call, and for models small enough a short sequence in chunks is compared with the eager model.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def compare(model: Any, device: torch.device) -> None:
     cache = KVCache(layout, num_blocks, device)
     sequence = _sequence(ids, list(reversed(range(num_blocks))))
     cuts = sorted({0, length // 2, length - 2, length - 1, length})
-    rows = [Row(sequence, a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    rows = [Row(sequence, a, b - a) for a, b in pairwise(cuts)]
     with torch.inference_mode():
         ours = torch.cat([model.logits(Batch([row], cache)) for row in rows])
         model.module.set_attn_implementation("eager")

@@ -1,0 +1,71 @@
+"""Which blocks a prompt takes, and which of them others may find again: the scheduler's arithmetic over the pool."""
+
+from collections.abc import Sequence as Seq
+
+from engine.block_pool import BlockPool
+from engine.prefix import block_hashes
+from engine.request import Request
+from engine.sequence import Sequence
+
+
+class Allocator:
+    """`memory_ops` are for the slab, in order and before anything else touches it: (source, block) copies a block,
+    (None, block) wipes it."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool):
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.memory_ops: list[tuple[int | None, int]] = []
+
+    def take(
+        self, request: Request, token_ids: Seq[int], hashes: list[bytes], num_tokens: int, spare: int
+    ) -> tuple[int, list[int], list[bytes]] | None:
+        """(number of hits, blocks, hashes) for `num_tokens`, if `spare` blocks remain after it; else None.
+
+        Hits stop at the last whole block of the first n - 1 tokens: the last token is always computed, for its logits.
+        """
+        hits: list[int] = []
+        if self.caches(request):
+            hashes = block_hashes(token_ids, self.block_size, request.namespace, hashes)
+            hits = self.pool.match(hashes[: (len(token_ids) - 1) // self.block_size])
+        needed = self.num_blocks(num_tokens) - len(hits)
+        fresh = self.pool.allocate(needed) if needed + spare <= self.pool.num_free else None
+        if fresh is None:
+            self.pool.release(hits)
+            return None
+        return len(hits), hits + fresh, hashes
+
+    def commit(self, sequence: Sequence) -> None:
+        """Offers the blocks filled so far to the prefix cache. Their logits were finite, or their manifest verified."""
+        request = sequence.request
+        if self.caches(request):
+            filled = sequence.num_computed // self.block_size
+            if filled > len(sequence.hashes):
+                sequence.hashes = block_hashes(sequence.token_ids, self.block_size, request.namespace, sequence.hashes)
+            for i in range(sequence.num_committed, filled):
+                self.pool.commit(sequence.block_ids[i], sequence.hashes[i])
+            sequence.num_committed = filled
+
+    def fork(self, sequence: Sequence, fork: Sequence) -> bool:
+        """Shares the full blocks and copies the partial one. False, and nothing changes, when no block is left."""
+        full, tail = divmod(sequence.num_computed, self.block_size)
+        own = self.pool.allocate(1) if tail else []
+        if own is None:
+            return False
+        self.pool.retain(sequence.block_ids[:full])
+        fork.block_ids = sequence.block_ids[:full] + own
+        fork.num_computed, fork.num_committed = sequence.num_computed, sequence.num_committed
+        if own:
+            self.memory_ops.append((sequence.block_ids[full], own[0]))
+        return True
+
+    def wipe(self, block_ids: list[int]) -> None:
+        """For freed blocks that may hold NaN: attention masks a stale slot by adding -inf, and NaN survives that."""
+        self.memory_ops += [(None, block_id) for block_id in block_ids]
+
+    def num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def caches(self, request: Request) -> bool:
+        return self.enable_prefix_caching and request.use_prefix_cache
