@@ -19,9 +19,15 @@
     TOKEN   u32 crc32c of the token, then the token under which an object store has the chunk's bytes
     END     u32 number of chunks, u64 number of bytes
 
-A stream is BEGIN, chunks numbered from 0, END; all with one transfer id. The receiver answers with acknowledgements,
-u32 each: the number of chunks placed so far. One for every TOKEN, so that the sender can let go of the object, and
-one for END, which is the last message of the stream.
+A stream is BEGIN, chunks numbered from 0, END; all with one transfer id. The receiver answers with acknowledgements
+
+      0     4   number of chunks placed so far
+      4     1   verdict: 0 fine, 1 refused, 2 broken, 3 corrupt
+      5     …   UTF-8 text of an error
+
+one for every TOKEN, so that the sender can let go of the object, and one at the end: for END, or for what is wrong. The
+verdict travels in the stream and not as its status because a sender that is just writing when the status comes is told
+"internal error" instead.
 """
 
 import struct
@@ -31,13 +37,15 @@ from enum import IntEnum
 
 import numpy as np
 
-from kv_transfer.base import ChunkHeader, TransferBroken, TransferCorrupt
+from kv_transfer.base import ChunkHeader, TransferBroken, TransferCorrupt, TransferError, TransferRefused
 from kv_transfer.checksum import crc32c
 
 _PREFIX = struct.Struct("<2sBB16s")
 _MAGIC, _VERSION = b"KV", 1
 _END = struct.Struct("<IQ")
 _U32 = struct.Struct("<I")
+_ACK = struct.Struct("<IB")
+_VERDICTS = (TransferRefused, TransferBroken, TransferCorrupt)
 HEADER_BYTES = _PREFIX.size + ChunkHeader.STRUCT.size
 MAX_TOKEN_BYTES = 4096
 
@@ -123,14 +131,19 @@ def end_frame(transfer_id: bytes, num_chunks: int, num_bytes: int) -> bytes:
     return _frame(Kind.END, transfer_id, _plain_header(payload), [payload])
 
 
-def pack_ack(num_chunks: int) -> bytes:
-    return _U32.pack(num_chunks)
+def pack_ack(num_chunks: int, error: TransferError | None = None) -> bytes:
+    if error is None:
+        return _ACK.pack(num_chunks, 0)
+    return _ACK.pack(num_chunks, 1 + _VERDICTS.index(type(error))) + str(error).encode()
 
 
-def parse_ack(message: bytes) -> int:
-    if len(message) != _U32.size:
-        raise TransferBroken(f"acknowledgement of {len(message)} bytes: must be {_U32.size}")
-    return _U32.unpack(message)[0]
+def parse_ack(message: bytes) -> tuple[int, TransferError | None]:
+    if len(message) < _ACK.size or message[4] > len(_VERDICTS):
+        return 0, TransferBroken(f"the receiver answers {message[:8]!r}: not an acknowledgement")
+    num_chunks, verdict = _ACK.unpack_from(message)
+    if verdict == 0:
+        return num_chunks, None
+    return num_chunks, _VERDICTS[verdict - 1](message[_ACK.size :].decode(errors="replace"))
 
 
 def _plain_header(payload: bytes) -> ChunkHeader:

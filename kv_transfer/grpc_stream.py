@@ -20,27 +20,12 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from kv_transfer.base import (
-    ChunkHeader,
-    Manifest,
-    ObjectStore,
-    TransferBroken,
-    TransferCorrupt,
-    TransferError,
-    TransferRefused,
-)
+from kv_transfer.base import ChunkHeader, Manifest, ObjectStore, TransferBroken, TransferError
 from kv_transfer.frames import Frame, Kind, begin_frame, chunk_frame, end_frame, pack_ack, parse_ack
 from kv_transfer.receiver import Receiver
 
 SERVICE = "pdserve.v1.KvTransferService"
 PUSH = f"/{SERVICE}/Push"
-
-_STATUS_OF: dict[type[TransferError], grpc.StatusCode] = {
-    TransferRefused: grpc.StatusCode.FAILED_PRECONDITION,
-    TransferCorrupt: grpc.StatusCode.DATA_LOSS,
-    TransferBroken: grpc.StatusCode.ABORTED,
-}
-_ERROR_OF = {status: error for error, status in _STATUS_OF.items()}
 
 
 def push_handler(receiver: Receiver, object_store: ObjectStore | None = None) -> grpc.GenericRpcHandler:
@@ -60,13 +45,12 @@ class _PushHandler:
         self._pool = pool
 
     async def push(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
-        transfer_id = None
+        transfer_id, num_chunks = None, 0
         failure: TransferError = TransferBroken("the sender is gone")
         try:
             async with asyncio.timeout(self._receiver.progress_s):
                 message = await context.read()
             transfer_id = self._begin(message)
-            num_chunks = 0
             while isinstance(message := await context.read(), bytes):
                 frame = Frame.parse(message)
                 if frame.transfer_id != transfer_id:
@@ -86,9 +70,9 @@ class _PushHandler:
             raise TransferBroken(f"the stream ended after {num_chunks} chunks without END")
         except TransferError as error:
             failure = error
-            await context.abort(_STATUS_OF[type(error)], str(error))
+            await context.write(pack_ack(num_chunks, error))
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no BEGIN came")
+            await context.write(pack_ack(0, TransferBroken("no BEGIN came")))
         except Exception as error:
             failure = TransferBroken(f"the receiver failed: {error!r}")
             raise
@@ -122,6 +106,7 @@ class GrpcWire:
         self._call: grpc.aio.StreamStreamCall | None = None
         self._acks: asyncio.Task[None] | None = None
         self._progress = asyncio.Event()
+        self._error: TransferError | None = None  # the receiver's verdict
         self.num_acked = 0
 
     async def begin(self) -> None:
@@ -140,7 +125,7 @@ class GrpcWire:
         assert self._call is not None and self._acks is not None
         await self._call.done_writing()
         await asyncio.shield(self._acks)
-        if await self._call.code() is not grpc.StatusCode.OK or self.num_acked != manifest.num_chunks:
+        if self._error is not None or self.num_acked != manifest.num_chunks or not await self._is_ok():
             raise await self._reason()
 
     async def lost(self) -> None:
@@ -172,16 +157,21 @@ class GrpcWire:
     async def _read_acks(self, call: grpc.aio.StreamStreamCall) -> None:
         try:
             with contextlib.suppress(grpc.aio.AioRpcError):
-                while isinstance(message := await call.read(), bytes):
-                    self.num_acked = parse_ack(message)
+                while self._error is None and isinstance(message := await call.read(), bytes):
+                    self.num_acked, self._error = parse_ack(message)
                     self._progress.set()
         finally:
             self._progress.set()
 
-    async def _reason(self) -> TransferError:
-        """Why the stream ended, from its status."""
+    async def _is_ok(self) -> bool:
         assert self._call is not None
+        return await self._call.code() is grpc.StatusCode.OK
+
+    async def _reason(self) -> TransferError:
+        """Why the stream ended: the receiver's own word, or else the connection's."""
+        assert self._call is not None and self._acks is not None
+        await asyncio.shield(self._acks)
+        if self._error is not None:
+            return self._error
         code, details = await self._call.code(), await self._call.details()
-        if code is grpc.StatusCode.OK:
-            return TransferBroken(f"the receiver ended the stream after {self.num_acked} chunks")
-        return _ERROR_OF.get(code, TransferBroken)(details or code.name)
+        return TransferBroken(f"the stream broke after {self.num_acked} acknowledged chunks: {code.name} {details}")

@@ -69,6 +69,8 @@ class ChunkedOutgoing:
         self._error: BaseException | None = None
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
+        self._reads: deque[Future[tuple[ChunkHeader, bytes]]] = deque()  # chunks being packed, at most two
+        self._moving = self._loop.create_task(self._move())
         self._task = self._loop.create_task(self._run())
 
     def push(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
@@ -102,52 +104,64 @@ class ChunkedOutgoing:
             self._loop.call_soon_threadsafe(callback, *args)
 
     def _abort(self, reason: str) -> None:
-        if self._aborted is None and not self._task.done():
+        if self._aborted is None:
             self._aborted = reason
-            self._task.cancel()
+            self._moving.cancel()
 
     async def _run(self) -> None:
-        lost: asyncio.Task | None = None
-        reads: deque[Future[tuple[ChunkHeader, bytes]]] = deque()  # chunks being packed, at most two
+        """Sees the transfer to its end and cleans up. `abort` never cancels this: nothing may cut cleaning short."""
         try:
-            async with asyncio.timeout(self._progress_s):
-                await self._wire.begin()
-            lost = self._loop.create_task(self._wire.lost())
-            lost.add_done_callback(lambda _: self._wake.set())
-            while True:
-                self._wake.clear()
-                chunk = self._next_chunk()
-                if chunk is not None:
-                    reads.append(self._pool.submit(self._pack, self._num_chunks, chunk))
-                    self._num_chunks += 1
-                if len(reads) > 1 or (reads and chunk is None):
-                    header, packed = await asyncio.wrap_future(reads[0])
-                    reads.popleft()
-                    self._manifest.add(header)
-                    async with asyncio.timeout(self._progress_s):
-                        await self._wire.send(packed)
-                elif chunk is None:
-                    if self._finishing or lost.done():
-                        break
-                    await self._wake.wait()
-            async with asyncio.timeout(self._progress_s):
-                await self._wire.end(self._manifest.manifest())
-        except TimeoutError:
-            self._error = TransferBroken(f"the receiver took nothing for {self._progress_s} s")
-        except asyncio.CancelledError:
-            self._error = TransferBroken(f"aborted: {self._aborted or 'the sender stops'}")
-        except Exception as error:
-            self._error = error  # raised by finish()
+            await asyncio.wait([self._moving])
+            self._error = self._why()
         finally:
-            if lost is not None:
-                lost.cancel()
-            for read in reads:
+            for read in self._reads:
                 if not read.cancel():
-                    await asyncio.wait([asyncio.wrap_future(read)])
+                    await asyncio.gather(asyncio.wrap_future(read), return_exceptions=True)
             with self._lock:
                 self._closed = True
                 self._queue.clear()
             await self._wire.close(self._error)
+
+    def _why(self) -> BaseException | None:
+        if self._moving.cancelled():
+            return TransferBroken(f"aborted: {self._aborted or 'the sender stops'}")
+        error = self._moving.exception()
+        if isinstance(error, TimeoutError):
+            return TransferBroken(f"the receiver took nothing for {self._progress_s} s")
+        return error
+
+    async def _move(self) -> None:
+        async with asyncio.timeout(self._progress_s):
+            await self._wire.begin()
+        lost = self._loop.create_task(self._wire.lost())
+        lost.add_done_callback(lambda _: self._wake.set())
+        try:
+            while True:
+                self._wake.clear()
+                if await self._step():
+                    continue
+                if self._finishing or lost.done():
+                    break
+                await self._wake.wait()
+            async with asyncio.timeout(self._progress_s):
+                await self._wire.end(self._manifest.manifest())
+        finally:
+            lost.cancel()
+
+    async def _step(self) -> bool:
+        """Starts reading the next chunk, and sends the one before it. False: there was neither."""
+        chunk = self._next_chunk()
+        if chunk is not None:
+            self._reads.append(self._pool.submit(self._pack, self._num_chunks, chunk))
+            self._num_chunks += 1
+        if len(self._reads) > 1 or (self._reads and chunk is None):
+            header, packed = await asyncio.wrap_future(self._reads[0])
+            self._reads.popleft()
+            self._manifest.add(header)
+            async with asyncio.timeout(self._progress_s):
+                await self._wire.send(packed)
+            return True
+        return chunk is not None
 
     def _next_chunk(self) -> "_Rect | None":
         with self._lock:

@@ -1,0 +1,319 @@
+"""One test body over every transport; `local` is the reference. `ray_store` runs over a real Ray, the sender's objects
+put by an actor and read by this process."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+import kv_transfer
+from kv_transfer.base import Manifest, ObjectStore
+from kv_transfer.receiver import Receiver
+from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, Pair, make_memory, transfer_pair
+
+TRANSPORTS = ["local", "grpc", "ray_store"]
+
+
+class ActorStore:
+    """Puts and drops in another process, so that this one only borrows."""
+
+    def __init__(self, actor) -> None:
+        self._actor = actor
+
+    def put(self, arrays: Sequence[np.ndarray]) -> bytes:
+        import ray
+
+        return ray.get(self._actor.put.remote([np.array(array) for array in arrays]))
+
+    def get(self, token: bytes, timeout_s: float) -> list[np.ndarray]:
+        raise AssertionError("the sender never reads")
+
+    def drop(self, token: bytes) -> None:
+        self._actor.drop.remote(token)
+
+
+@pytest.fixture(scope="module")
+def ray_stores() -> Iterator[tuple[ObjectStore, ObjectStore]]:
+    """The sender's store and the receiver's."""
+    import ray
+
+    from cluster.object_store import RayObjectStore
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    try:
+        actor = ray.remote(RayObjectStore).options(num_cpus=0).remote()
+        yield ActorStore(actor), RayObjectStore()
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+async def pair(transport: str, request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
+    stores = request.getfixturevalue("ray_stores") if transport == "ray_store" else (None, None)
+    async with transfer_pair(transport, stores[0], receiver_store=stores[1]) as pair:
+        yield pair
+
+
+async def test_scattered_blocks_arrive(pair: Pair):
+    source_ids, target_ids = [7, 3, 30, 0, 12], [1, 31, 2, 17, 4]
+    before = pair.target.slab.clone()
+    transfer_id = pair.grant(target_ids)
+    outgoing = pair.open(transfer_id)
+    outgoing.push(source_ids, 0, 0, NUM_LAYERS)
+    manifest = await outgoing.finish()
+    await pair.receiver.commit(transfer_id, manifest)
+
+    assert pair.is_equal(source_ids, target_ids)
+    assert manifest.num_bytes == 5 * LAYER_OFFSETS[-1] == pair.receiver.bytes_received
+    others = [block for block in range(32) if block not in target_ids]
+    assert torch.equal(pair.target.slab[others], before[others])
+    assert pair.receiver.num_active == 0
+    await pair.receiver.commit(transfer_id, manifest)  # repeats its answer
+    with pytest.raises(kv_transfer.TransferRefused):
+        await pair.receiver.commit(transfer_id, Manifest(9, 9, b""))
+
+
+async def test_blocks_already_there_are_not_sent(pair: Pair):
+    source_ids, target_ids = [5, 6, 7, 8], [8, 7, 6, 5]
+    pair.target.slab[8], pair.target.slab[7] = 111, 112
+    transfer_id = pair.grant(target_ids, first_block=2)
+    outgoing = pair.open(transfer_id)
+    outgoing.push(source_ids[2:], 2, 0, NUM_LAYERS)
+    await pair.receiver.commit(transfer_id, await outgoing.finish())
+    assert pair.is_equal(source_ids[2:], target_ids[2:])
+    assert (pair.target.slab[8] == 111).all() and (pair.target.slab[7] == 112).all()
+
+    transfer_id = pair.grant(target_ids, first_block=2)
+    outgoing = pair.open(transfer_id)
+    outgoing.push(source_ids, 0, 0, NUM_LAYERS)  # would overwrite what others may be reading
+    with pytest.raises(kv_transfer.TransferBroken, match=r"must lie in \[2, 4\)"):
+        await outgoing.finish()
+    assert (pair.target.slab[8] == 111).all() and pair.receiver.release(transfer_id)
+
+
+async def test_layers_and_prompt_chunks_as_they_are_computed(pair: Pair):
+    source_ids, target_ids = list(range(10)), list(range(20, 30))
+    transfer_id = pair.grant(target_ids)
+    outgoing = pair.open(transfer_id)
+    for start, stop in ((0, 4), (4, 7), (7, 10)):
+        for layer in range(NUM_LAYERS):
+            outgoing.push(source_ids[start:stop], start, layer, layer + 1)
+            await asyncio.sleep(random.choice((0, 0.002)))  # sometimes the wire keeps up, sometimes layers queue
+    await pair.receiver.commit(transfer_id, await outgoing.finish())
+    assert pair.is_equal(source_ids, target_ids)
+
+
+@pytest.mark.parametrize("max_chunk_bytes", [3584, 5000, 8192, 20000])
+async def test_chunks_stay_within_the_limit(pair: Pair, max_chunk_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    sizes = []
+    place = pair.receiver.chunk
+    monkeypatch.setattr(pair.receiver, "chunk", lambda *chunk: (sizes.append(chunk[1].num_bytes), place(*chunk)))
+    transfer_id = pair.grant(range(6))
+    outgoing = pair.open(transfer_id, max_chunk_bytes)
+    outgoing.push(range(6, 12), 0, 0, NUM_LAYERS)
+    manifest = await outgoing.finish()
+    await pair.receiver.commit(transfer_id, manifest)
+    assert pair.is_equal(range(6, 12), range(6))
+    assert len(sizes) == manifest.num_chunks > 1 and max(sizes) <= max_chunk_bytes and sum(sizes) == manifest.num_bytes
+
+
+async def test_nothing_to_send_is_a_transfer_too(pair: Pair):
+    transfer_id = pair.grant([1, 2], first_block=2)
+    await pair.receiver.commit(transfer_id, await pair.open(transfer_id).finish())
+
+
+async def test_missing_pages_are_never_committed(pair: Pair):
+    transfer_id = pair.grant([1, 2])
+    outgoing = pair.open(transfer_id)
+    outgoing.push([1], 0, 0, NUM_LAYERS)
+    outgoing.push([2], 1, 0, NUM_LAYERS - 1)
+    manifest = await outgoing.finish()
+    for _ in range(2):  # the first answer is repeated
+        with pytest.raises(kv_transfer.TransferCorrupt, match="1 of 10"):
+            await pair.receiver.commit(transfer_id, manifest)
+    assert pair.receiver.num_active == 1  # its owner still holds the pages
+    assert pair.receiver.release(transfer_id) and not pair.receiver.release(transfer_id)
+
+
+async def test_commit_waits_for_chunks_under_way(pair: Pair):
+    reference = pair.open(wanted := pair.grant([1, 2]))
+    reference.push([3, 4], 0, 0, 2)
+    reference.push([3, 4], 0, 2, NUM_LAYERS)
+    await asyncio.sleep(0)
+    manifest = await reference.finish()
+    pair.receiver.release(wanted)
+
+    transfer_id = pair.grant([5, 6])
+    outgoing = pair.open(transfer_id)
+    if manifest.num_chunks == 2:
+        outgoing.push([3, 4], 0, 0, 2)
+    commit = asyncio.create_task(pair.receiver.commit(transfer_id, manifest))
+    await asyncio.sleep(0.05)
+    assert not commit.done()
+    outgoing.push([3, 4], 0, 2 if manifest.num_chunks == 2 else 0, NUM_LAYERS)
+    await commit
+    assert await outgoing.finish() == manifest and pair.is_equal([3, 4], [5, 6])
+
+
+@pytest.mark.parametrize("num_pushed", range(NUM_LAYERS + 1))
+async def test_abort_at_every_chunk(pair: Pair, num_pushed: int):
+    transfer_id = pair.grant(range(8))
+    outgoing = pair.open(transfer_id)
+    for layer in range(num_pushed):
+        outgoing.push(range(8, 16), 0, layer, layer + 1)
+        await pair.received(8 * LAYER_OFFSETS[layer + 1])
+    outgoing.abort("test")
+    outgoing.abort("again")
+    await outgoing.wait_closed()
+    outgoing.push(range(8, 16), 0, 0, 1)  # the engine may not know yet
+    with pytest.raises(kv_transfer.TransferBroken, match="aborted: test"):
+        await outgoing.finish()
+    if num_pushed:  # else the stream may never have begun, and the lease has to tell
+        with pytest.raises(kv_transfer.TransferBroken):
+            await asyncio.wait_for(pair.receiver.commit(transfer_id, Manifest(9, 9, b"")), 4)
+    assert pair.receiver.release(transfer_id)
+    pair.receiver.check()
+    assert pair.receiver.num_active == 0
+
+
+async def test_tickets_are_refused(pair: Pair, transport: str):
+    async def attempt(transfer_id: bytes) -> None:
+        outgoing = pair.open(transfer_id)
+        outgoing.push([1], 0, 0, NUM_LAYERS)
+        await outgoing.finish()
+
+    before = pair.target.slab.clone()
+    with pytest.raises(kv_transfer.TransferRefused, match="unknown"):
+        await attempt(b"forged forged!!!")
+    with pytest.raises(kv_transfer.TransferRefused, match="lease"):
+        await attempt(pair.grant([1], lease_s=0))
+    with pytest.raises(kv_transfer.TransferRefused, match="not to"):
+        await attempt(pair.receiver.grant("other", (SOURCE[0], "another incarnation"), [2], 0, 30))
+    released = pair.grant([3])
+    assert pair.receiver.release(released)
+    with pytest.raises(kv_transfer.TransferRefused, match="released"):
+        await attempt(released)
+    assert torch.equal(pair.target.slab, before)
+
+    used = pair.grant([4])
+    await attempt(used)
+    with pytest.raises(kv_transfer.TransferRefused, match="once"):
+        await attempt(used)
+    assert pair.receiver.expire() == ["owner"] and pair.receiver.num_active == 2
+
+
+async def test_release_during_receive_ends_all_writing(pair: Pair):
+    transfer_id = pair.grant(range(8))
+    outgoing = pair.open(transfer_id)
+    outgoing.push(range(8, 16), 0, 0, 1)
+    await pair.received(8 * LAYER_OFFSETS[1])
+    assert pair.receiver.release(transfer_id)
+    pair.target.slab[:8] = 99  # the pages are somebody else's now
+    for layer in range(1, NUM_LAYERS):
+        outgoing.push(range(8, 16), 0, layer, layer + 1)
+    with pytest.raises(kv_transfer.TransferRefused, match="released"):
+        await outgoing.finish()
+    assert (pair.target.slab[:8] == 99).all()
+
+
+async def test_an_idle_stream_to_a_refusing_receiver_closes(pair: Pair, transport: str):
+    """The refusal is noticed though nothing more is pushed, where there is a stream to notice it on."""
+    if transport == "local":
+        pytest.skip("a refusal comes with the next call")
+    outgoing = pair.open(b"forged forged!!!")
+    await asyncio.wait_for(outgoing.wait_closed(), 4)
+    with pytest.raises(kv_transfer.TransferRefused):
+        await outgoing.finish()
+
+
+async def test_nobody_there():
+    async with transfer_pair("grpc", progress_s=2.0) as pair:
+        outgoing = pair.sender.open("127.0.0.1:9", pair.grant([1]))
+        outgoing.push([1], 0, 0, NUM_LAYERS)
+        with pytest.raises(kv_transfer.TransferBroken):
+            await outgoing.finish()
+    async with transfer_pair("local") as pair:
+        with pytest.raises(kv_transfer.TransferBroken):
+            await pair.sender.open("elsewhere", pair.grant([1])).finish()
+
+
+async def test_many_small_transfers_through_few_blocks(pair: Pair):
+    """200 transfers, each checked, through 24 blocks that change hands all the time; a fifth of them given up."""
+    free, room = list(range(24)), asyncio.Condition()
+    verified = 0
+
+    async def one(index: int) -> None:
+        nonlocal verified
+        rng = random.Random(index)
+        count = rng.randint(1, 4)
+        async with room:
+            await room.wait_for(lambda: len(free) >= count)
+            target_ids = [free.pop(rng.randrange(len(free))) for _ in range(count)]
+        source_ids = rng.sample(range(32), count)
+        transfer_id = pair.grant(target_ids, owner=str(index))
+        outgoing = pair.open(transfer_id, rng.choice((4096, 8192, None)))
+        for layer in range(NUM_LAYERS):
+            outgoing.push(source_ids, 0, layer, layer + 1)
+        if index % 5 == 0:
+            await asyncio.sleep(rng.random() * 0.01)
+            outgoing.abort("churn")
+            assert pair.receiver.release(transfer_id)
+            pair.target.slab[target_ids] = 0
+            await outgoing.wait_closed()
+        else:
+            await pair.receiver.commit(transfer_id, await outgoing.finish())
+            assert pair.is_equal(source_ids, target_ids)
+            verified += 1
+        async with room:
+            free.extend(target_ids)
+            room.notify_all()
+
+    async with asyncio.TaskGroup() as group:
+        for index in range(200):
+            group.create_task(one(index))
+    assert verified == 160 and sorted(free) == list(range(24)) and pair.receiver.num_active == 0
+    pair.receiver.check()
+
+
+async def test_memory_of_a_transfer_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """However many chunks are queued, only a few have been read and not placed."""
+    num_read, most = 0, 0
+    read, place = type(pair.source).read, Receiver.chunk
+
+    def counted_read(memory, *args):
+        nonlocal num_read
+        num_read += 1
+        return read(memory, *args)
+
+    def counted_place(receiver, transfer_id, header, arrays):
+        nonlocal most
+        most = max(most, num_read - header.sequence)
+        place(receiver, transfer_id, header, arrays)
+
+    monkeypatch.setattr(type(pair.source), "read", counted_read)
+    monkeypatch.setattr(Receiver, "chunk", counted_place)
+    transfer_id = pair.grant(range(32))
+    outgoing = pair.open(transfer_id, 8192)
+    outgoing.push(range(32), 0, 0, NUM_LAYERS)
+    await pair.receiver.commit(transfer_id, await outgoing.finish())
+    assert num_read == 32 and most < 16
+
+
+def test_settings_are_checked():
+    memory = make_memory(2)
+    with pytest.raises(ValueError, match="transport 'pigeon': must be one of local, grpc, ray_store"):
+        kv_transfer.create_sender("pigeon", memory, SOURCE)
+    with pytest.raises(ValueError, match="object_store"):
+        kv_transfer.create_sender("ray_store", memory, SOURCE)
+    with pytest.raises(ValueError, match=r"max_chunk_bytes 100: must be in \[3584"):
+        kv_transfer.create_sender("local", memory, SOURCE, max_chunk_bytes=100)
+    with pytest.raises(ValueError, match="layer_offsets"):
+        make_memory(2, offsets=(0, 5, 5))

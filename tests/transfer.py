@@ -1,0 +1,134 @@
+"""Two pools of blocks and a transport between them: what the transfer tests share."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import grpc.aio
+import numpy as np
+import torch
+
+import kv_transfer
+from kv_transfer.base import BlockMemory, ChunkHeader, ObjectStore, Outgoing
+from kv_transfer.checksum import crc32c
+from kv_transfer.receiver import Receiver
+from protos.grpc_options import SERVER_OPTIONS
+
+SOURCE = ("prefill-0", "incarnation-a")
+# Uneven layers, and padding behind the last: nothing may assume that they are alike.
+LAYER_OFFSETS = (0, 1024, 2048, 4096, 4608, 8192)
+BLOCK_BYTES = 8200
+NUM_LAYERS = len(LAYER_OFFSETS) - 1
+
+
+def make_memory(num_blocks: int, seed: int | None = None, offsets: Sequence[int] = LAYER_OFFSETS) -> BlockMemory:
+    """Random bytes from `seed` on, or zeros."""
+    shape = (num_blocks, offsets[-1] + BLOCK_BYTES - LAYER_OFFSETS[-1])
+    if seed is None:
+        return BlockMemory(torch.zeros(shape, dtype=torch.uint8), tuple(offsets))
+    generator = torch.Generator().manual_seed(seed)
+    return BlockMemory(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), tuple(offsets))
+
+
+def make_chunk(memory: BlockMemory, sequence: int, block_ids: Sequence[int], block_start: int, layers: tuple[int, int]):
+    """What a sender would make of these pages: header and arrays."""
+    pages = memory.read(block_ids, *layers)
+    count, size = layers[1] - layers[0], sum(map(len, pages))
+    header = ChunkHeader(sequence, layers[0], count, block_start, len(block_ids), size, crc32c(pages))
+    return header, pages
+
+
+@dataclass
+class Pair:
+    """A sender's pool, a receiver's pool, and the way from one to the other."""
+
+    source: BlockMemory
+    target: BlockMemory
+    receiver: Receiver
+    sender: kv_transfer.base.Sender
+    address: str
+    grants: list[tuple[bytes, Sequence[int], int]] = field(default_factory=list)
+
+    def grant(
+        self, block_ids: Sequence[int], first_block: int = 0, lease_s: float = 30.0, owner: str = "owner"
+    ) -> bytes:
+        return self.receiver.grant(owner, SOURCE, block_ids, first_block, lease_s)
+
+    def open(self, transfer_id: bytes, max_chunk_bytes: int | None = None) -> Outgoing:
+        return self.sender.open(self.address, transfer_id, max_chunk_bytes)
+
+    async def received(self, num_bytes: int) -> None:
+        """Returns when the receiver has placed that many bytes."""
+        place, there = self.receiver.chunk, asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def chunk(*args) -> None:
+            place(*args)
+            loop.call_soon_threadsafe(there.set)
+
+        self.receiver.chunk = chunk  # type: ignore[method-assign]
+        try:
+            async with asyncio.timeout(10):
+                while self.receiver.bytes_received < num_bytes:
+                    there.clear()
+                    await there.wait()
+        finally:
+            self.receiver.chunk = place  # type: ignore[method-assign]
+
+    def pages(self, memory: BlockMemory, block_ids: Sequence[int]) -> torch.Tensor:
+        return memory.slab[list(block_ids), : memory.layer_offsets[-1]]
+
+    def is_equal(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> bool:
+        return torch.equal(self.pages(self.source, source_ids), self.pages(self.target, target_ids))
+
+
+@contextlib.asynccontextmanager
+async def transfer_pair(
+    transport: str,
+    object_store: ObjectStore | None = None,
+    source: BlockMemory | None = None,
+    target: BlockMemory | None = None,
+    max_chunk_bytes: int | None = None,
+    progress_s: float = 5.0,
+    receiver_store: ObjectStore | None = None,
+) -> AsyncIterator[Pair]:
+    source = source or make_memory(32, seed=1)
+    target = target or make_memory(32)
+    receiver = Receiver(target, kv_transfer.MAX_CHUNK_BYTES, progress_s=progress_s)
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    stop = kv_transfer.serve(transport, receiver, server, receiver_store or object_store, address)
+    await server.start()
+    sender = kv_transfer.create_sender(transport, source, SOURCE, object_store, max_chunk_bytes, progress_s)
+    try:
+        yield Pair(source, target, receiver, sender, address)
+        receiver.check()
+    finally:
+        await sender.close()
+        stop()
+        await server.stop(None)
+
+
+class DictStore:
+    """An object store within one process, for tests that need no Ray."""
+
+    def __init__(self) -> None:
+        self.objects: dict[bytes, np.ndarray] = {}
+        self.num_put = 0
+        self.max_objects = 0
+
+    def put(self, arrays: Sequence[np.ndarray]) -> bytes:
+        self.num_put += 1
+        token = b"object-%d" % self.num_put
+        self.objects[token] = np.concatenate(arrays)
+        self.max_objects = max(self.max_objects, len(self.objects))
+        return token
+
+    def get(self, token: bytes, timeout_s: float) -> list[np.ndarray]:
+        if token not in self.objects:
+            raise kv_transfer.TransferBroken("no such object")
+        return [self.objects[token]]
+
+    def drop(self, token: bytes) -> None:
+        self.objects.pop(token, None)
