@@ -41,7 +41,7 @@ class _Actor:
         self._host = ray.util.get_node_ip_address()
         self._hosted: Any = None
         self._ready: dict[str, Any] | None = None
-        self._progress = "starting"
+        self._progress = ""
         self._draining = False
         _watch_for_orphanhood(spec.deployment, asyncio.get_running_loop(), self._leave)
 
@@ -53,7 +53,7 @@ class _Actor:
         while not task.done():
             await asyncio.wait({task}, timeout=_PROGRESS_S)
             progress = getattr(self._hosted, "progress", self._progress)
-            if progress != said and not task.done():
+            if progress not in (said, "", "placing") and not task.done():
                 said = progress
                 yield {"state": "loading", "detail": progress}
         error = task.exception()
@@ -168,7 +168,7 @@ def _named(builder: str) -> Callable[..., Any]:
 
 def _own_words(error: BaseException) -> str:
     text = str(error) or repr(error)
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, ValueError | OSError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def _watch_for_orphanhood(deployment: str, loop: asyncio.AbstractEventLoop, leave: Callable[[str], Any]) -> None:

@@ -62,14 +62,14 @@ class PoolConfig(Placement):
         default=None, ge=1, description="torch threads; default: the node's cores shared out"
     )
     block_size: int | None = Field(
-        default=None, ge=16, multiple_of=16, description="tokens per KV block; default 16, CUDA 64"
+        default=None, ge=16, le=1024, multiple_of=16, description="tokens per KV block; default 16, CUDA 64"
     )
     num_blocks: int | None = Field(
         default=None, ge=2, description="KV blocks; default: from kv_cache_gib, CUDA free memory"
     )
     kv_cache_gib: float | None = Field(default=None, gt=0, description="default on CPU: 1")
     gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
-    max_num_batched_tokens: int = Field(default=2048, ge=16, description="tokens computed in one step")
+    max_num_batched_tokens: int = Field(default=2048, ge=1, description="tokens computed in one step")
     max_num_seqs: int = Field(default=64, ge=1, description="sequences in the running batch")
     env: dict[str, str] = Field(default={}, description="environment variables of the worker processes")
 

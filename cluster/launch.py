@@ -1,6 +1,7 @@
 """Connecting to Ray, and what `pdserve up` and `down` do there. Everything an operator can ask of a deployment."""
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.authentication import authentication_token_setup
 from ray.exceptions import GetTimeoutError, RayError
 
 from cluster import local_ray
@@ -44,12 +46,17 @@ def connect(say: Say, start: bool = False, transport: str = "grpc") -> None:
         _join_local(local)
         say(f"joined the local Ray cluster at {local.address}, started by an earlier `pdserve up`")
     elif address := _running_cluster():
+        _use_rays_token()
         _join(address)
         say(f"joined the running Ray cluster at {address}")
     elif start:
         say("no Ray cluster is running: starting a local one")
         local = local_ray.start(_object_store_bytes(transport))
-        _join_local(local)
+        try:
+            _join_local(local)
+        except LaunchError:
+            local_ray.stop(local)
+            raise
         say(f"started a local Ray cluster at {local.address}; `pdserve down` ends it")
     else:
         raise LaunchError("no Ray cluster: set RAY_ADDRESS, or start one with `pdserve up`")
@@ -153,6 +160,11 @@ def is_up(name: str) -> bool:
 def down(name: str, say: Say) -> None:
     """Ends the deployment, and the local Ray cluster if `up` started it and no other deployment is in it."""
     try:
+        connect(lambda line: None)
+    except LaunchError:
+        stop_local_ray(say)  # it does not even answer
+        raise
+    try:
         Deployment(name).down()
         say(f"deployment {name!r} is down")
     finally:
@@ -194,7 +206,8 @@ def _wait_until_ready(deployment: Deployment, config: DeploymentConfig, say: Say
             now = (part["state"], part["detail"])
             if seen.get(part["id"]) != now:
                 seen[part["id"]] = now
-                say(f"{part['id']:<12} {part['state']:<9} {part['detail']}".rstrip())
+                if part["detail"] or part["state"] in ("ready", "failed", "lost"):
+                    say(f"{part['id']:<12} {part['state']:<9} {part['detail']}".rstrip())
             if part["state"] == "failed":
                 raise LaunchError(f"{part['id']} did not start: {part['detail']}")
             if part["state"] != "placing":
@@ -228,7 +241,14 @@ def _join(address: str) -> None:
 
 def _join_local(local: local_ray.LocalRay) -> None:
     local_ray.loopback_only()
+    _use_rays_token()
     _join(local.address)
+
+
+def _use_rays_token() -> None:
+    """What ray.init() does itself for a cluster that it finds or starts, and omits for one that is named to it."""
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _running_cluster() -> str:

@@ -54,6 +54,7 @@ def worker_spec(
     settings = config.pools[pool]
     engine = {
         "dtype": config.model.dtype,
+        "device": "cuda" if settings.num_gpus else "cpu",  # what Ray reserved, not what happens to be visible
         "load_format": config.model.load_format,
         "max_model_len": config.model.max_model_len,
         "block_size": settings.block_size,

@@ -1,0 +1,82 @@
+"""A deployment's status as tables for people."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_COLOURS = {"ready": "green", "draining": "yellow", "failed": "red", "lost": "red", "stopped": "dim"}
+
+
+def status_view(status: dict[str, Any]) -> RenderableType:
+    router = status["router"]
+    head = Text.assemble(
+        ("deployment ", "dim"),
+        status["name"],
+        ("  model ", "dim"),
+        status["model"],
+        ("  transport ", "dim"),
+        status["transport"],
+        ("  router ", "dim"),
+        (router["address"] or "-"),
+        " ",
+        _state(router),
+        ("  in flight ", "dim"),
+        str(router["report"].get("running_requests", "-")),
+    )
+    pools = Text("  ").join(
+        Text(f"{name} {pool['ready']}/{pool['target']} ready") for name, pool in status["pools"].items() if _shown(pool)
+    )
+    problems = [
+        Text(f"{part['id']}: {part['detail'] or part['last_error']}", "yellow")
+        for part in [router, *(worker for pool in status["pools"].values() for worker in pool["workers"])]
+        if part["detail"] or part["state"] == "lost"
+    ]
+    return Group(head, pools, _workers(status), *problems)
+
+
+def _workers(status: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("worker", "role", "state", "node", "pid", "address", "incarnation"):
+        table.add_column(column, no_wrap=True)
+    for column in ("restarts", "running", "waiting", "blocks free/total", "reserved", "pinned", "KV out/in", "steps"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for pool in status["pools"].values():
+        for worker in pool["workers"]:
+            load = worker["report"]
+            table.add_row(
+                worker["id"],
+                pool["role"],
+                _state(worker),
+                worker["node"][:8],
+                str(worker["pid"] or ""),
+                worker["address"],
+                worker["incarnation"][:8],
+                str(worker["restarts"]),
+                str(load.get("num_running", "")),
+                str(load.get("num_waiting", "")),
+                f"{load['free_blocks']}/{load['total_blocks']}" if "total_blocks" in load else "",
+                str(load.get("reserved_blocks", "")),
+                str(load.get("pinned_blocks", "")),
+                f"{_size(load['kv_bytes_sent'])}/{_size(load['kv_bytes_received'])}" if "kv_bytes_sent" in load else "",
+                str(load.get("steps", "")),
+            )
+    return table
+
+
+def _state(part: dict[str, Any]) -> Text:
+    return Text(part["state"], _COLOURS.get(part["state"], "cyan"))
+
+
+def _shown(pool: dict[str, Any]) -> bool:
+    return bool(pool["target"] or pool["workers"])
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "K", "M", "G"):
+        if size < 1024 or unit == "G":
+            return f"{size:.0f}{unit}" if size >= 10 or unit == "B" else f"{size:.1f}{unit}"
+        size /= 1024
+    raise AssertionError
