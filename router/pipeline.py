@@ -132,12 +132,16 @@ class Pipeline:
         limit = self._config.decode_progress_s if adopted else self._config.progress_s
         if now - attempt.last_news_at <= limit:
             return
-        at_prefill = attempt.route.prefill is not None and not adopted and attempt.first_tokens_at is None
-        worker = attempt.route.prefill if at_prefill else attempt.route.decode or attempt.route.prefill
-        assert worker is not None
-        reason = pb.ERROR_REASON_PREFILL_WORKER_LOST if at_prefill else pb.ERROR_REASON_DECODE_WORKER_LOST
-        message = f"no progress for {limit:g} s at worker {worker.worker_id!r}"
-        attempt.fail(AttemptFailed(reason, message, True, frozenset({worker.worker_id})))
+        prefill, decode = attempt.route.prefill, attempt.route.decode
+        if adopted or prefill is None:
+            reason, silent = pb.ERROR_REASON_DECODE_WORKER_LOST, [decode]
+        elif attempt.first_tokens_at is None:
+            reason, silent = pb.ERROR_REASON_PREFILL_WORKER_LOST, [prefill]
+        else:
+            reason, silent = pb.ERROR_REASON_KV_TRANSFER_FAILED, [prefill, decode]
+        names = frozenset(worker.worker_id for worker in silent if worker is not None)
+        message = f"no progress for {limit:g} s at {' and '.join(map(repr, sorted(names)))}"
+        attempt.fail(AttemptFailed(reason, message, True, names))
 
     @property
     def phase(self) -> str:

@@ -50,8 +50,7 @@ def choose(workers: Sequence[WorkerClient], need: Need, config: RouterConfig, av
     """
     healthy = [w for w in workers if w.takes_work]
     roomy = [w for w in healthy if _blocks_needed(w, need) <= _num_blocks(w)]
-    preferred = [w for w in roomy if w.worker_id not in avoid]
-    route = (_choose(preferred, need, config) if avoid else None) or _choose(roomy, need, config)
+    route = _choose(_unless_alone(roomy, avoid), need, config)
     if route is None and len(roomy) < len(healthy) and _choose(healthy, need, config) is not None:
         small = [w for w in healthy if w not in roomy]
         largest = max(small, key=_num_blocks)
@@ -61,6 +60,12 @@ def choose(workers: Sequence[WorkerClient], need: Need, config: RouterConfig, av
             f" {_blocks_needed(largest, need)} KV blocks; worker {largest.worker_id!r} has {_num_blocks(largest)}",
         )
     return route
+
+
+def _unless_alone(workers: Sequence[WorkerClient], avoid: frozenset[str]) -> list[WorkerClient]:
+    """Without those to avoid, but a role that only they have keeps them."""
+    others = {w.member.role for w in workers if w.worker_id not in avoid}
+    return [w for w in workers if w.worker_id not in avoid or w.member.role not in others]
 
 
 def _choose(healthy: Sequence[WorkerClient], need: Need, config: RouterConfig) -> Route | None:
