@@ -196,7 +196,12 @@ async def test_mismatched_pools_refuse_each_other_with_both_layouts(tiny):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await s.generate(request(list(range(40)), 8))
         assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-        assert "blocks of 16" in refused.value.details() and "blocks of 32" in refused.value.details()
+        for part in ("prefill-0", "block size 16", "decode-1", "block size 32"):
+            assert part in refused.value.details()
+        # The workers check for themselves: a router is not what keeps wrong bytes out of a pool.
+        canary = await s.worker("prefill").canary("decode-1", 4)
+        assert not canary["ok"]
+        assert "blocks of 16 tokens" in canary["error"] and "blocks of 32 tokens" in canary["error"]
 
 
 async def test_canary_checks_a_pair_end_to_end(tiny):
