@@ -114,7 +114,7 @@ def _speller(decoder: dict[str, Any] | None) -> tuple[Any, int]:
         return _byte_level, 0
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
         pattern = steps[0]["pattern"].get("String")
-        strip = steps[3] if len(steps) == 4 else {"content": " ", "start": 0, "stop": 0}
+        strip: dict[str, Any] = steps[3] if len(steps) == 4 else {"content": " ", "start": 0, "stop": 0}
         if pattern and strip["content"] == " " and strip["stop"] == 0:
             return _fallback_speller(pattern, steps[0]["content"]), int(strip["start"])
     return None, 0
