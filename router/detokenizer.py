@@ -29,6 +29,9 @@ class Vocabulary:
         decoder = json.loads(fast.to_str()).get("decoder")
         self._spell, self.strip_left = _speller(decoder)
         self._bytes: dict[int, bytes] = {}
+        # A character is at least one byte, and a byte-level token spells as many bytes as it has characters.
+        longest = max(map(len, fast.get_vocab()), default=0)
+        self.max_token_chars = longest if self._spell is _byte_level else 0  # 0: no bound is known
 
     @property
     def is_bytes(self) -> bool:

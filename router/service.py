@@ -68,7 +68,7 @@ class InferenceService:
             raise InvalidRequest("input", "is missing; set one of text, chat")
         if kind == "chat":
             validate.check_chat("chat", request.chat)
-            token_ids = await self._encode_chat(request.chat)
+            token_ids = await self._encode(self._chat_text(request.chat), False)
         else:
             add_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             token_ids = await self._encode(request.text, add_special)
@@ -143,16 +143,20 @@ class InferenceService:
         if kind == "token_ids":
             return list(request.token_ids.ids)
         if kind == "chat":
-            return await self._encode_chat(request.chat)
-        return await self._encode(request.text, True)
+            return await self._encode(self._chat_text(request.chat), False, "chat")
+        return await self._encode(request.text, True, "text")
 
-    async def _encode_chat(self, chat: pb.ChatPrompt) -> list[int]:
+    def _chat_text(self, chat: pb.ChatPrompt) -> str:
         messages = [{"role": m.role, "content": m.content} for m in chat.messages]
         opens_turn = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        return await self._encode(self._router.tokenizer.chat_prompt(messages, opens_turn), False)
+        return self._router.tokenizer.chat_prompt(messages, opens_turn)
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def _encode(self, text: str, add_special_tokens: bool, prompt_field: str = "") -> list[int]:
+        """`prompt_field` set: the text is a prompt, refused before it is tokenized if it can never fit."""
         encode = self._router.tokenizer.encode
+        if prompt_field:
+            least = self._router.tokenizer.least_tokens(text)
+            validate.check_length(prompt_field, least, self._max_model_len(), at_least=True)
         if len(text) > THREAD_PROMPT_CHARS:
             return await asyncio.to_thread(encode, text, add_special_tokens)
         return encode(text, add_special_tokens)

@@ -22,7 +22,7 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 class Tokenizer:
-    """Loaded once per router; thread-safe (encoding releases the GIL).
+    """Loaded once per router; thread-safe, and encoding releases the GIL.
 
     Raises ValueError if the directory has no tokenizer.json.
     """
@@ -48,7 +48,12 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` would hold the GIL, and 4 MB take seconds.
+        return self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound on len(encode(text)), without encoding."""
+        return -(-len(text) // self.vocabulary.max_token_chars) if self.vocabulary.max_token_chars else 0
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self._fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

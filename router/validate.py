@@ -87,13 +87,7 @@ def accept(parsed: Parsed, token_ids: Sequence[int], model: Model, max_model_len
     kind = request.WhichOneof("prompt") or "prompt"
     if not token_ids:
         raise InvalidRequest(kind, "the prompt is empty; at least 1 token is needed")
-    if len(token_ids) > max_model_len - 1:
-        raise InvalidRequest(
-            kind,
-            f"the prompt has {len(token_ids)} tokens; allowed is [1, {max_model_len - 1}]"
-            f" (max_model_len {max_model_len} less one token to generate)",
-            pb.ERROR_REASON_PROMPT_TOO_LONG,
-        )
+    check_length(kind, len(token_ids), max_model_len)
     room = max_model_len - len(token_ids)
     stopping = pb.StoppingCriteria()
     stopping.CopyFrom(request.stopping)
@@ -128,6 +122,17 @@ def accept(parsed: Parsed, token_ids: Sequence[int], model: Model, max_model_len
         priority=request.priority,
         session_id=request.session_id,
     )
+
+
+def check_length(field: str, num_tokens: int, max_model_len: int, at_least: bool = False) -> None:
+    """`at_least`: `num_tokens` is a lower bound, known before a long text is tokenized."""
+    if num_tokens > max_model_len - 1:
+        raise InvalidRequest(
+            field,
+            f"the prompt has {'at least ' if at_least else ''}{num_tokens} tokens; allowed is [1, {max_model_len - 1}]"
+            f" (max_model_len {max_model_len} less one token to generate)",
+            pb.ERROR_REASON_PROMPT_TOO_LONG,
+        )
 
 
 def check_model(name: str, model: Model) -> None:
