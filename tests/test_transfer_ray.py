@@ -1,0 +1,93 @@
+"""`ray_store` as it is deployed: sender and receiver in actors of their own, on one node and on two."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+import kv_transfer
+from cluster.object_store import RayObjectStore
+from kv_transfer.base import Manifest
+from tests.transfer import SOURCE, make_memory, transfer_pair
+
+# Pages of 256 KiB a layer: stored as they are. The small layer in front makes other chunks be joined first.
+OFFSETS = (0, 4096, 4096 + (256 << 10), 4096 + (512 << 10))
+NUM_BLOCKS = 24
+
+
+class Receiving:
+    """A receiver behind its gRPC server."""
+
+    async def start(self) -> str:
+        target = make_memory(NUM_BLOCKS, offsets=OFFSETS)
+        self._context = transfer_pair("ray_store", RayObjectStore(), make_memory(1, offsets=OFFSETS), target)
+        self._pair = await self._context.__aenter__()
+        return self._pair.address
+
+    async def grant(self, block_ids: list[int]) -> bytes:
+        return self._pair.grant(block_ids)
+
+    async def commit(self, transfer_id: bytes, num_chunks: int, num_bytes: int, digest: bytes) -> list[list[int]]:
+        """The sums of the pages, by block."""
+        await self._pair.receiver.commit(transfer_id, Manifest(num_chunks, num_bytes, digest))
+        return sums(self._pair.target)
+
+
+class Sending:
+    """A sender of seeded pages."""
+
+    async def push(self, address: str, transfer_id: bytes, block_ids: list[int]) -> tuple:
+        memory = make_memory(NUM_BLOCKS, seed=5, offsets=OFFSETS)
+        store = RayObjectStore()
+        sender = kv_transfer.create_sender("ray_store", memory, SOURCE, store, max_chunk_bytes=2 << 20)
+        outgoing = sender.open(address, transfer_id)
+        for layer in range(len(OFFSETS) - 1):
+            outgoing.push(block_ids, 0, layer, layer + 1)
+            await asyncio.sleep(0.01)
+        manifest = await outgoing.finish()
+        await sender.close()
+        return manifest.num_chunks, manifest.num_bytes, manifest.digest, sums(memory), store.num_objects
+
+
+def sums(memory) -> list[list[int]]:
+    return memory.slab[:, : OFFSETS[-1]].long().view(memory.num_blocks, -1, 4096).sum(-1).tolist()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[None]:
+    store = {"include_dashboard": False, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
+    try:
+        cluster.add_node(num_cpus=1, resources={"second": 1}, object_store_memory=80 << 20)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize("node", ["same", "second"])
+def test_actors_hand_over_pages(nodes: None, node: str):
+    options = {"num_cpus": 0, "resources": {"second": 0.1} if node == "second" else {}}
+    receiving = ray.remote(Receiving).options(num_cpus=0).remote()
+    sending = ray.remote(Sending).options(**options).remote()
+    address = ray.get(receiving.start.remote(), timeout=60)
+    source_ids, target_ids = list(range(20)), list(range(NUM_BLOCKS - 1, NUM_BLOCKS - 21, -1))
+    for _ in range(3):  # 31 MB each: an object that is not let go would fill the store
+        transfer_id = ray.get(receiving.grant.remote(target_ids), timeout=30)
+        pushed = ray.get(sending.push.remote(address, transfer_id, source_ids), timeout=60)
+        num_chunks, num_bytes, digest, source_sums, num_objects = pushed
+        target_sums = ray.get(receiving.commit.remote(transfer_id, num_chunks, num_bytes, digest), timeout=30)
+        assert num_bytes == 20 * OFFSETS[-1] and num_chunks >= 6 and num_objects == 0
+        assert [target_sums[block] for block in target_ids] == [source_sums[block] for block in source_ids]
+    ray.kill(receiving)
+    ray.kill(sending)
+
+
+def test_what_is_no_token_is_refused(nodes: None):
+    store = RayObjectStore()
+    for token in (b"", b"short", bytes(40), b"\x01\x00" * 3 + b"abcd"):
+        with pytest.raises(kv_transfer.TransferBroken, match="no object reference"):
+            store.get(token, 1.0)
