@@ -99,6 +99,7 @@ class StubWorker:
         self.log: list[tuple[str, str, int]] = []
         self.requests: list[wpb.EngineRequest] = []
         self.sent_at: dict[tuple[str, int, int], float] = {}
+        self.received_at: dict[str, float] = {}  # run id -> when its Prefill came
         self.runs: dict[str, Run] = {}
         self.address = ""
         self.eos_token_id = 2
@@ -193,6 +194,7 @@ class StubWorker:
     async def Prefill(self, request: wpb.PrefillRequest, context: Any) -> None:
         run, faults = request.request, self.faults
         self._note("prefill", run)
+        self.received_at[run.run_id] = time.monotonic()
         self.requests.append(run)
         if faults.refuse_prefill is not None:
             await context.abort(faults.refuse_prefill, "the stub refuses")
