@@ -45,7 +45,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if not isinstance(error, _known_errors()):
+        if not isinstance(error, known_errors()):
             raise
         _err.print(f"[red]error:[/red] {_plain(error)}")
         sys.exit(1)
@@ -337,7 +337,7 @@ def _plain(error: BaseException) -> str:
     return escape(str(error))
 
 
-def _known_errors() -> tuple[type[BaseException], ...]:
+def known_errors() -> tuple[type[BaseException], ...]:
     """Imported only when something has failed, since they pull in Ray and gRPC."""
     from cluster.client import ClientError
     from cluster.config_file import ConfigError

@@ -6,6 +6,7 @@ another process, ends this cluster and never somebody else's.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -49,7 +50,32 @@ def running() -> LocalRay | None:
 
 
 def start(object_store_bytes: int) -> LocalRay:
-    """Starts a cluster that outlives this process. Raises LocalRayError."""
+    """Starts a cluster that outlives this process, or takes the one that somebody started just now. LocalRayError."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with open(cache_dir() / ".local-ray.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return running() or _start(object_store_bytes)
+
+
+def stop(local: LocalRay) -> None:
+    """Ends the cluster and waits until none of its processes is left."""
+    _end(local.pid)
+    shutil.rmtree(local.directory, ignore_errors=True)
+    _state_file().unlink(missing_ok=True)
+
+
+def loopback_only() -> None:
+    """Makes Ray in this process accept 127.0.0.1 as a node's address, so that nothing listens on other interfaces.
+
+    On Linux Ray replaces a loopback address by the machine's own one, for clusters that may grow. This one never does.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for processes that this one starts
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def _start(object_store_bytes: int) -> LocalRay:
     directory = tempfile.mkdtemp(prefix="pdserve-ray-", dir="/tmp")  # short: it holds unix sockets
     command = [sys.executable, "-m", "cluster.local_ray", directory, str(object_store_bytes)]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -74,27 +100,8 @@ def start(object_store_bytes: int) -> LocalRay:
         raise LocalRayError(f"Ray did not start on this machine: {last_words[0]}")
     created = psutil.Process(keeper.pid).create_time()
     local = LocalRay(keeper.pid, created, line.removeprefix(_READY).strip(), directory)
-    _state_file().parent.mkdir(parents=True, exist_ok=True)
     _state_file().write_text(json.dumps(asdict(local)))
     return local
-
-
-def stop(local: LocalRay) -> None:
-    """Ends the cluster and waits until none of its processes is left."""
-    _end(local.pid)
-    shutil.rmtree(local.directory, ignore_errors=True)
-    _state_file().unlink(missing_ok=True)
-
-
-def loopback_only() -> None:
-    """Makes Ray in this process accept 127.0.0.1 as a node's address, so that nothing listens on other interfaces.
-
-    On Linux Ray replaces a loopback address by the machine's own one, for clusters that may grow. This one never does.
-    """
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for processes that this one starts
-    from ray._private import ray_constants
-
-    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def _end(pid: int) -> None:
