@@ -112,7 +112,7 @@ def refuse_by_config(hf_config: Any, max_model_len: int | None) -> int:
     known = {"full_attention", "sliding_attention"}
     strange = sorted(set(getattr(text, "layer_types", None) or ()) - known)
     if strange:
-        raise UnsupportedModel(f"{name}: layers of type {', '.join(strange)} keep no KV per token: not supported")
+        raise UnsupportedModel(f"{name}: layers of type {', '.join(strange)} are not supported")
     if getattr(text, "attention_chunk_size", None) and name.startswith("llama4"):
         raise UnsupportedModel(f"{name}: chunked attention is not supported")
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**20
