@@ -294,7 +294,6 @@ def _text(num_tokens: int) -> str:
 
 
 _WORDS = tuple("the a sea sky old man boat night wind under over blue quick light and or from with".split())  # noqa: SIM905
-)
 
 
 @asynccontextmanager
