@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -191,6 +191,10 @@ class Engine:
         """As of the end of the last step; num_requests counts what was submitted since, too."""
         with self._wake:
             return replace(self._stats, num_requests=len(self._ids) + self._stats.num_reservations)
+
+    def weights(self) -> Iterator[torch.Tensor]:
+        """The model's parameters, for whoever counts their bytes."""
+        return self._runner.model.module.parameters()
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the engine's thread last showed life; inf when it has died or was never started."""

@@ -18,6 +18,7 @@ from engine import attention
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.kv_layout import LayerShape
+from engine.linear import use_onednn
 from engine.verify import VERIFY_BELOW, UnsupportedModel, compare, probe
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def load(config: EngineConfig, device: torch.device, verify: bool | None = None)
     keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
     digest = _weights_digest(path, config.load_format)
     model = Model(info, module, [], digest, _rope_digest(text), keeps_logits)
+    use_onednn(module)
     model.layers = probe(model, device)
     if verify or (verify is None and num_parameters <= VERIFY_BELOW and dtype == torch.float32):
         compare(model, device)
