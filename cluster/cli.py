@@ -1,6 +1,7 @@
 """The `pdserve` command. Each command says what it did or, in one line, why it could not."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ Timings = Annotated[bool, typer.Option("--timings/--no-timings", help="A line ab
 
 def main() -> None:
     """The console script. Known failures end as one line on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what `up` has begun is cleaned up
     try:
         app()
     except Exception as error:

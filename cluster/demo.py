@@ -3,6 +3,7 @@
 What it does is what `pdserve up`, `chat` and `down` do; nothing here is special to the demo but the prompts.
 """
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ def main(
     model: Annotated[str, typer.Option(help="Directory or hub id.")] = DEMO_MODEL,
     load_format: Annotated[str, typer.Option(help="'dummy': random weights.")] = "auto",
 ) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing stays behind
     started = time.monotonic()
     overrides = ["name=demo", f"model.path={model}", f"model.load_format={load_format}", "router.port=0"]
     try:

@@ -89,19 +89,27 @@ def _start(object_store_bytes: int) -> LocalRay:
             env=environment,
             text=True,
         )
+    try:
+        local = LocalRay(keeper.pid, psutil.Process(keeper.pid).create_time(), _read_address(keeper), directory)
+        _state_file().write_text(json.dumps(asdict(local)))
+        return local
+    except BaseException as error:  # Ctrl-C too: what nobody knows of, nobody can end
+        _end(keeper.pid)
+        last_words = (Path(directory) / "keeper.log").read_text().strip().splitlines()[-1:] or ["no output"]
+        shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, LocalRayError):
+            raise LocalRayError(f"{error}: {last_words[0]}") from None
+        raise
+
+
+def _read_address(keeper: "subprocess.Popen[str]") -> str:
     assert keeper.stdout is not None
     with keeper.stdout as output:
         answered, _, _ = select.select([output], [], [], _START_S)
         line = output.readline() if answered else ""
     if not line.startswith(_READY):
-        _end(keeper.pid)
-        last_words = (Path(directory) / "keeper.log").read_text().strip().splitlines()[-1:] or ["no output"]
-        shutil.rmtree(directory, ignore_errors=True)
-        raise LocalRayError(f"Ray did not start on this machine: {last_words[0]}")
-    created = psutil.Process(keeper.pid).create_time()
-    local = LocalRay(keeper.pid, created, line.removeprefix(_READY).strip(), directory)
-    _state_file().write_text(json.dumps(asdict(local)))
-    return local
+        raise LocalRayError("Ray did not start on this machine")
+    return line.removeprefix(_READY).strip()
 
 
 def _end(pid: int) -> None:

@@ -228,6 +228,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, RayActorError):
         if detail := re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text, re.DOTALL):
             return f"the process died: {' '.join(detail[1].split())}"
+        if "node has died" in text:
+            return "its node died"
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else type(error).__name__
     return text or type(error).__name__
