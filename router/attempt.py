@@ -9,6 +9,7 @@ of an attempt ends by itself, or by `close`, which cancels whatever is not over,
 """
 
 import asyncio
+import logging
 import time
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from router.errors import AttemptFailed
 from router.policy import Route
 from router.sequence import Sequence
 from router.worker_client import WorkerClient
+
+log = logging.getLogger(__name__)
 
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED)
 
@@ -121,7 +124,13 @@ class Attempt:
         self.fail(_lost(client, is_prefill, why))
 
     def on_entry(self, entry: wpb.StepEntry) -> None:
-        """News from D's session for this attempt."""
+        """News from D's session for this attempt. Never raises: the session is other runs' too."""
+        try:
+            self._on_entry(entry)
+        except Exception:
+            self._fail_by_bug()
+
+    def _on_entry(self, entry: wpb.StepEntry) -> None:
         self.last_news_at = time.monotonic()
         event = entry.WhichOneof("event")
         if event == "failed":
@@ -179,6 +188,8 @@ class Attempt:
                 self.fail(_lost(worker, True, "it ended the prefill stream before the KV was handed over"))
         except grpc.aio.AioRpcError as error:
             self._on_prefill_broken(worker, error)
+        except Exception:
+            self._fail_by_bug()
         finally:
             worker.dismiss(self)
 
@@ -231,12 +242,21 @@ class Attempt:
             self.fail(AttemptFailed(pb.ERROR_REASON_INTERNAL, message, retryable, frozenset({worker.worker_id})))
 
     def _fail_at(self, worker: WorkerClient | None, failed: wpb.Failed) -> None:
-        at_fault = {w.worker_id for w in (self.route.prefill, self.route.decode) if w is not None}
-        if worker is not None and failed.reason not in _ABOUT_THE_PAIR:
-            at_fault = {worker.worker_id}
+        blamed = {
+            pb.ERROR_REASON_PREFILL_WORKER_LOST: [self.route.prefill],
+            pb.ERROR_REASON_DECODE_WORKER_LOST: [self.route.decode],
+            pb.ERROR_REASON_KV_TRANSFER_FAILED: [self.route.prefill, self.route.decode],
+            pb.ERROR_REASON_KV_TRANSFER_CORRUPT: [self.route.prefill, self.route.decode],
+        }.get(failed.reason, [worker])
+        at_fault = {w.worker_id for w in blamed if w is not None}
         name = worker.worker_id if worker is not None else "?"
         message = f"worker {name!r}: {failed.message or 'failed without a message'}"
         self.fail(AttemptFailed(failed.reason, message, failed.retryable, frozenset(at_fault)))
+
+    def _fail_by_bug(self) -> None:
+        log.exception("a worker's news could not be taken in")
+        message = "a bug of the router; its log says more"
+        self.fail(AttemptFailed(pb.ERROR_REASON_INTERNAL, message, retryable=False))
 
     def _is_over(self) -> bool:
         return all(sequence.is_over for sequence in self._listener.sequences)
@@ -245,14 +265,6 @@ class Attempt:
         if self._counted_prompt is not None:
             self._counted_prompt.queued_prompt_tokens -= len(self._request.token_ids)
             self._counted_prompt = None
-
-
-_ABOUT_THE_PAIR = (
-    pb.ERROR_REASON_KV_TRANSFER_FAILED,
-    pb.ERROR_REASON_KV_TRANSFER_CORRUPT,
-    pb.ERROR_REASON_PREFILL_WORKER_LOST,
-    pb.ERROR_REASON_DECODE_WORKER_LOST,
-)
 
 
 def _lost(worker: WorkerClient, is_prefill: bool, why: str) -> AttemptFailed:

@@ -40,8 +40,8 @@ class RouterConfig:
     max_attempts: int = 3  # per request, the first included; refusals of draining workers do not count
     start_wait_s: float = 2.0  # a request waits this long for workers that are starting
     retry_wait_s: float = 10.0  # a retry waits this long for a healthy worker
-    progress_s: float = 30.0  # longest silence of an attempt until its KV is adopted
-    decode_progress_s: float = 120.0  # longest silence of an adopted run (it may be preempted for a while)
+    progress_s: float = 30.0  # longest silence of an attempt while its workers' engines do not step, or hand KV over
+    max_silence_s: float = 600.0  # longest silence at all: a run may be queued or preempted while others go on
     worker_silence_s: float = 5.0  # a worker sends its load at least every second
     load_interval_s: float = 0.1  # how often a busy worker may send it
     max_run_s: float = 3600.0  # deadline of requests that bring none, and the longest one may bring
@@ -58,7 +58,7 @@ class RouterConfig:
         _check("max_attempts", self.max_attempts, 1, 16)
         _check("start_wait_s", self.start_wait_s, 0, 600)
         _check("retry_wait_s", self.retry_wait_s, 0, 600)
-        for name in ("progress_s", "decode_progress_s", "worker_silence_s", "load_interval_s", "max_run_s"):
+        for name in ("progress_s", "max_silence_s", "worker_silence_s", "load_interval_s", "max_run_s"):
             _check(name, getattr(self, name), 0.01, 86400)
         _check("max_buffered_tokens", self.max_buffered_tokens, 16, 2**24)
         _check("affinity_tokens", self.affinity_tokens, 1, 4096)

@@ -26,7 +26,7 @@ class Vocabulary:
     def __init__(self, fast: FastTokenizer):
         self.fast = fast
         self.special_ids = frozenset(i for i, t in fast.get_added_tokens_decoder().items() if t.special)
-        decoder = json.loads(fast.to_str()).get("decoder")
+        decoder = json.loads(fast.decoder.__getstate__()) if fast.decoder is not None else None
         self._spell, self.strip_left = _speller(decoder)
         self._bytes: dict[int, bytes] = {}
         # A character is at least one byte, and a byte-level token spells as many bytes as it has characters.

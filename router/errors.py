@@ -79,6 +79,11 @@ class AttemptFailed(RequestError):
         self.at_fault = at_fault
 
 
+def bug() -> RequestError:
+    """What a caller hears of an exception that nobody expected."""
+    return RequestError(pb.ERROR_REASON_INTERNAL, "a bug of the router; its log says more")
+
+
 def reason_name(reason: int) -> str:
     """INVALID_PARAMETER for ERROR_REASON_INVALID_PARAMETER: what ErrorInfo.reason holds."""
     return pb.ErrorReason.Name(reason).removeprefix(_PREFIX)  # type: ignore[arg-type]

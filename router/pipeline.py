@@ -124,23 +124,28 @@ class Pipeline:
             )
 
     def check_progress(self, now: float) -> None:
-        """Fails an attempt that has been silent for too long; called about once a second."""
+        """Fails an attempt that has been silent for too long; called about once a second.
+
+        A queued or preempted run is silent while its workers serve others, which their steps show. Between first token
+        and adoption there is nothing to queue for.
+        """
         attempt = self.attempt
-        if attempt is None:
-            return
-        adopted = attempt.adopted_at is not None or (attempt.is_local and attempt.first_tokens_at is not None)
-        limit = self._config.decode_progress_s if adopted else self._config.progress_s
-        if now - attempt.last_news_at <= limit:
+        if attempt is None or now - attempt.last_news_at <= self._config.progress_s:
             return
         prefill, decode = attempt.route.prefill, attempt.route.decode
-        if adopted or prefill is None:
-            reason, silent = pb.ERROR_REASON_DECODE_WORKER_LOST, [decode]
-        elif attempt.first_tokens_at is None:
-            reason, silent = pb.ERROR_REASON_PREFILL_WORKER_LOST, [prefill]
+        workers = [worker for worker in (prefill, decode) if worker is not None]
+        is_handing_over = self.phase == "transferring"
+        others_go_on = any(now - worker.stepped_at <= self._config.progress_s for worker in workers)
+        if not is_handing_over and others_go_on and now - attempt.last_news_at <= self._config.max_silence_s:
+            return
+        if is_handing_over:
+            reason = pb.ERROR_REASON_KV_TRANSFER_FAILED
+        elif prefill is not None and attempt.first_tokens_at is None:
+            reason, workers = pb.ERROR_REASON_PREFILL_WORKER_LOST, [prefill]
         else:
-            reason, silent = pb.ERROR_REASON_KV_TRANSFER_FAILED, [prefill, decode]
-        names = frozenset(worker.worker_id for worker in silent if worker is not None)
-        message = f"no progress for {limit:g} s at {' and '.join(map(repr, sorted(names)))}"
+            reason, workers = pb.ERROR_REASON_DECODE_WORKER_LOST, workers[-1:]
+        names = frozenset(worker.worker_id for worker in workers)
+        message = f"no progress for {now - attempt.last_news_at:.1f} s at {' and '.join(map(repr, sorted(names)))}"
         attempt.fail(AttemptFailed(reason, message, True, names))
 
     @property
@@ -310,7 +315,7 @@ class Pipeline:
         spans = {
             "queue": (self._received_at, attempt.started_at),
             "prefill": (attempt.started_at, attempt.first_tokens_at),
-            "kv_transfer": (attempt.first_tokens_at, attempt.adopted_at),
+            "kv_transfer": (None if attempt.is_local else attempt.first_tokens_at, attempt.adopted_at),
             "decode_queue": (attempt.adopted_at, attempt.decoded_at),
             "time_to_first_token": (self._received_at, self._first_sent_at),
             "decode": (self._first_sent_at, self._last_sent_at),

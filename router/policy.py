@@ -71,7 +71,7 @@ def _unless_alone(workers: Sequence[WorkerClient], avoid: frozenset[str]) -> lis
 def _choose(healthy: Sequence[WorkerClient], need: Need, config: RouterConfig) -> Route | None:
     prefills = [w for w in healthy if w.can_prefill]
     if need.first_token_only and prefills:
-        return Route(_pick(prefills, prompt_load, config.prefill_slack_tokens, need.key), None)
+        return Route(_pick(prefills, prompt_load, _prompt_slack(need, config), need.key), None)
     decodes = [w for w in healthy if w.can_decode]
     pair = _pick_pair(prefills, decodes, need, config) if prefills and decodes else None
     both = [w for w in healthy if w.is_colocated]
@@ -93,7 +93,12 @@ def _pick_pair(
     matching = [w for w in decodes if _layout(w) in layouts]
     decode = _pick(matching, sequence_load, config.decode_slack_sequences, need.key)
     peers = [w for w in prefills if _layout(w) == _layout(decode)]
-    return Route(_pick(peers, prompt_load, config.prefill_slack_tokens, need.key), decode)
+    return Route(_pick(peers, prompt_load, _prompt_slack(need, config), need.key), decode)
+
+
+def _prompt_slack(need: Need, config: RouterConfig) -> int:
+    """Waiting for a worker that may know the prompt pays only while the wait is shorter than computing it."""
+    return min(config.prefill_slack_tokens, need.num_tokens // 2)
 
 
 def prompt_load(worker: WorkerClient) -> int:

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from protos import inference_pb2 as pb
-from router.errors import InvalidRequest, RequestError, to_status
+from router.errors import InvalidRequest, RequestError, bug, to_status
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _behavior(method: Callable[[Any, Any], Any], is_streaming: bool) -> Any:
             raise
         except Exception:
             log.exception("%s failed by a bug", SERVICE.full_name)
-            status = to_status(RequestError(pb.ERROR_REASON_INTERNAL, "a bug of the router; its log says more"))
+            status = to_status(bug())
         await context.abort(status.code, status.details, status.trailing_metadata)
 
     return call

@@ -1,6 +1,7 @@
 """The methods of InferenceService. Each takes a parsed request and raises RequestError; rpc.py does the rest."""
 
 import asyncio
+import logging
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -8,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from protos import inference_pb2 as pb
 from router import validate
 from router.collect import Collector
-from router.errors import InvalidRequest, RequestError, to_pb
+from router.errors import InvalidRequest, RequestError, bug, to_pb
 from router.pipeline import Pipeline, Send
 from router.validate import Accepted
 
 if TYPE_CHECKING:
     from router.server import Router
+
+log = logging.getLogger(__name__)
 
 THREAD_PROMPT_CHARS = 16_000  # longer prompts are tokenized in a thread: about 8 ms of this one's time
 BATCH_CONCURRENCY = 64
@@ -50,6 +53,9 @@ class InferenceService:
                     return pb.GenerateBatchResponse(index=index, response=await self._collect(one, left_s))
                 except RequestError as error:
                     return pb.GenerateBatchResponse(index=index, error=to_pb(error))
+                except Exception:
+                    log.exception("item %d of a batch failed by a bug", index)
+                    return pb.GenerateBatchResponse(index=index, error=to_pb(bug()))
 
         tasks = []
         async with asyncio.TaskGroup() as group:  # cancelled with the call, and takes every item along

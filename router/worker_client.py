@@ -13,6 +13,7 @@ Life of a connection here:
 import asyncio
 import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +25,7 @@ import grpc
 from protos import kv_transfer_pb2 as kpb
 from protos import worker_pb2 as wpb
 from protos import worker_pb2_grpc
+from protos.grpc_options import CHANNEL_OPTIONS
 from router.config import RouterConfig
 
 log = logging.getLogger(__name__)
@@ -31,22 +33,8 @@ log = logging.getLogger(__name__)
 ROUTER_INCARNATION = secrets.token_hex(8)  # of this process
 
 CONNECT_TIMEOUT_S = 5.0
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # a step carries all runs' tokens, with logprobs if asked for
-# All three are needed to notice a stopped peer in about 4 s; measured in docs/architecture.md.
-CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.http2.ping_timeout_ms", 3000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 500),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),  # the pipeline retries, with a new attempt number
-)
+# The pipeline retries, with a new attempt number; grpc must not.
+_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.enable_retries", 0))
 _RECONNECT_DELAYS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
 
@@ -80,13 +68,14 @@ class WorkerClient:
         self.connection = Connection.CONNECTING
         self.info: wpb.GetWorkerResponse | None = None
         self.load = wpb.WorkerLoad()
+        self.stepped_at = time.monotonic()  # when its reports last showed steps of its engine
         self.residents: dict[str, Resident] = {}  # by run id: attempts that hold something at this worker
         self.queued_prompt_tokens = 0  # of our attempts here whose first token is not out yet
         self.num_sequences = 0  # of our attempts that decode here
         self.last_error = ""
         self._config = config
         self._on_change = on_change
-        self._channel = grpc.aio.insecure_channel(member.address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(member.address, options=_OPTIONS)
         self._worker = worker_pb2_grpc.WorkerServiceStub(self._channel)
         self._prefill = worker_pb2_grpc.PrefillServiceStub(self._channel)
         self._decode = worker_pb2_grpc.DecodeServiceStub(self._channel)
@@ -225,6 +214,8 @@ class WorkerClient:
             load = await self._next_load(watch)
             if load is grpc.aio.EOF:  # type: ignore[attr-defined]
                 raise WorkerGone("it ended the load stream")
+            if load.steps != self.load.steps:
+                self.stepped_at = time.monotonic()
             changed = self.connection is not Connection.READY or load.state != self.load.state
             self.load = load
             self.connection = Connection.READY

@@ -25,17 +25,11 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc, worker_pb2_grpc
 from protos import kv_transfer_pb2 as kpb
 from protos import worker_pb2 as wpb
+from protos.grpc_options import SERVER_OPTIONS
 from router.config import RouterConfig
 from router.server import Router
 
 ROLES = {"prefill": wpb.WORKER_ROLE_PREFILL, "decode": wpb.WORKER_ROLE_DECODE, "both": wpb.WORKER_ROLE_BOTH}
-SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.so_reuseport", 0),
-)
 
 
 def token(seed: int, index: int, position: int) -> int:
@@ -104,6 +98,7 @@ class StubWorker:
         self.address = ""
         self.eos_token_id = 2
         self.max_model_len = 8192
+        self.num_steps = 0
         self._server: Any = None
         self._stepper: asyncio.Task[None] | None = None
         self._sessions: set[Session] = set()
@@ -183,6 +178,7 @@ class StubWorker:
             total_blocks=self.num_blocks,
             free_blocks=self.num_blocks,
             num_runs=len(self.runs),
+            steps=self.num_steps,
         )
 
     async def Drain(self, request: wpb.DrainRequest, context: Any) -> wpb.DrainResponse:
@@ -330,6 +326,7 @@ class StubWorker:
                 if run.adopted:
                     entries = by_session.setdefault(id(run.session), (run.session, []))[1]
                     entries.extend(self._advance(run))
+            self.num_steps += bool(by_session)
             for session, entries in by_session.values():
                 session.send(*entries)
 

@@ -222,7 +222,7 @@ async def test_a_batch_leaves_nothing_when_its_client_goes(smollm2: Path) -> Non
 
 
 async def test_a_silent_decode_worker_is_given_up(smollm2: Path) -> None:
-    async with routed(smollm2, decode=2, decode_progress_s=0.3) as front:
+    async with routed(smollm2, decode=2, progress_s=0.3) as front:
         front.cluster.workers["d0"].faults.stall_decode = True
         session = await prefers(front, "d0")
         messages = await read(front.client.GenerateStream(ask(session_id=session), timeout=20))
@@ -319,3 +319,20 @@ async def test_a_client_that_never_reads_is_ended(smollm2: Path) -> None:
                 pass
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "the client does not read" in caught.value.details()
+
+
+async def test_a_queued_run_waits_while_its_workers_serve_others(smollm2: Path) -> None:
+    async with routed(smollm2, progress_s=1.0) as front:
+        prefill, decode = front.cluster.workers["p0"], front.cluster.workers["d0"]
+        decode.faults.step_s = 0.02
+        busy = asyncio.create_task(read(front.client.GenerateStream(ask(150), timeout=20)))
+        await front.until(lambda: front.router.admission.phases() == {"decoding": 1})
+        prefill.faults.stall_prefill = True
+        queued = front.client.Generate(ask(3, seed=1), timeout=20)
+        await front.until(lambda: len(prefill.requests) == 2)
+        await asyncio.sleep(2.2)
+        assert front.router.admission.num_in_flight == 2 and len(prefill.requests) == 2
+        await busy
+        prefill.faults.stall_prefill = False
+        assert list((await queued).outputs[0].token_ids) == expected(3, seed=1)
+        assert attempts(front) == [0, 0, 1]
