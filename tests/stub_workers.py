@@ -12,22 +12,19 @@ real engine's. Hand-off between stubs is a method call. `faults` of a worker may
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
 
 from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc, worker_pb2_grpc
 from protos import kv_transfer_pb2 as kpb
 from protos import worker_pb2 as wpb
+from protos import worker_pb2_grpc
 from protos.grpc_options import SERVER_OPTIONS
-from router.config import RouterConfig
-from router.server import Router
+from tests.stub_faults import Faults
 
 ROLES = {"prefill": wpb.WORKER_ROLE_PREFILL, "decode": wpb.WORKER_ROLE_DECODE, "both": wpb.WORKER_ROLE_BOTH}
 
@@ -35,30 +32,6 @@ ROLES = {"prefill": wpb.WORKER_ROLE_PREFILL, "decode": wpb.WORKER_ROLE_DECODE, "
 def token(seed: int, index: int, position: int) -> int:
     """Ordinary tokens of SmolLM2's vocabulary, never special ones."""
     return 100 + (seed % 9973 * 31 + index * 977 + position * 7919) % 40000
-
-
-@dataclass(slots=True)
-class Faults:
-    """Off by default. `failure` is sent as Failed where the worker would have gone on."""
-
-    prefill_delay_s: float = 0.0
-    transfer_delay_s: float = 0.0
-    step_s: float = 0.001
-    stall_prefill: bool = False  # never answers
-    stall_transfer: bool = False  # first tokens, then nothing
-    stall_decode: bool = False  # adopts, then nothing
-    die_after_first_tokens: bool = False
-    end_prefill_early: bool = False
-    refuse_prefill: grpc.StatusCode | None = None
-    prefill_failure: wpb.Failed | None = None
-    decode_failure: wpb.Failed | None = None  # instead of adoption
-    fail_after_tokens: int | None = None  # of one sequence, then `decode_failure` or the session breaks
-    skip_offset: int | None = None  # leaves a gap there
-    repeat_offset: int | None = None
-    hold_first_tokens_s: float = 0.0  # so that decode overtakes them
-    finish_at: dict[int, int] = field(default_factory=dict)  # sequence index -> position of its EOS
-    jump_step: bool = False
-    break_session: bool = False
 
 
 @dataclass(slots=True)
@@ -418,54 +391,6 @@ class StubCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.gather(*(w.stop() for w in self.workers.values()))
-
-
-@dataclass(slots=True)
-class Front:
-    """A running router with its stub workers and a client."""
-
-    router: Router
-    cluster: StubCluster
-    client: Any
-    channel: Any
-
-    async def until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
-        deadline = time.monotonic() + within_s
-        while not condition():
-            assert time.monotonic() < deadline, self.router.status()
-            await asyncio.sleep(0.005)
-
-    async def settled(self) -> None:
-        """Nothing is left anywhere: the router's tables, the workers' runs."""
-        workers = self.cluster.workers.values()
-        await self.until(lambda: not self.router.admission.num_in_flight)
-        await self.until(lambda: all(not w.runs for w in workers))
-        self.router.check()
-        assert all(not c.residents for c in self.router.pool.workers.values())
-
-
-@asynccontextmanager
-async def routed(
-    model: Path, prefill: int = 1, decode: int = 1, both: int = 0, wait: bool = True, **config: Any
-) -> AsyncIterator[Front]:
-    """A router over so many stub workers (p0, p1, ..., d0, ..., b0, ...); at the end all must be settled."""
-    async with StubCluster() as cluster:
-        for role, count in (("prefill", prefill), ("decode", decode), ("both", both)):
-            for i in range(count):
-                await cluster.add(f"{role[0]}{i}", role)
-        router = Router(RouterConfig(**{"served_model_name": "stub", "load_interval_s": 0.05, **config}), model)
-        try:
-            address = await router.start()
-            router.set_members(cluster.members())
-            async with grpc.aio.insecure_channel(address) as channel:
-                front = Front(router, cluster, inference_pb2_grpc.InferenceServiceStub(channel), channel)
-                clients = router.pool.workers.values
-                if wait:
-                    await front.until(lambda: all(c.takes_work for c in clients()))
-                yield front
-                await front.settled()
-        finally:
-            await router.stop()
 
 
 def _logprob(run: wpb.EngineRequest, token_id: int) -> pb.TokenLogprob | None:

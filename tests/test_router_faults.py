@@ -12,7 +12,7 @@ import pytest
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from protos import worker_pb2 as wpb
-from tests.stub_workers import Front, routed
+from tests.router_front import Front, routed
 from tests.test_router import ask, expected, failure, finish_of, ids_of, read, text_of
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE

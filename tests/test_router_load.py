@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import serving, traces
 from benchmarks.traces import Arrival
-from tests.stub_workers import routed
+from tests.router_front import routed
 
 
 def test_azure(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from protos import inference_pb2_grpc
 from protos import worker_pb2 as wpb
 from router.config import Limits
 from router.server import Router
-from tests.stub_workers import Front, routed
+from tests.router_front import Front, routed
 from tests.test_router import ask, expected
 
 SERVICE = "pdserve.v1.InferenceService"

@@ -1,0 +1,31 @@
+"""What a stub worker can be told to do wrong."""
+
+from dataclasses import dataclass, field
+
+import grpc
+
+from protos import worker_pb2 as wpb
+
+
+@dataclass(slots=True)
+class Faults:
+    """Off by default. `failure` is sent as Failed where the worker would have gone on."""
+
+    prefill_delay_s: float = 0.0
+    transfer_delay_s: float = 0.0
+    step_s: float = 0.001
+    stall_prefill: bool = False  # never answers
+    stall_transfer: bool = False  # first tokens, then nothing
+    stall_decode: bool = False  # adopts, then nothing
+    die_after_first_tokens: bool = False
+    end_prefill_early: bool = False
+    refuse_prefill: grpc.StatusCode | None = None
+    prefill_failure: wpb.Failed | None = None
+    decode_failure: wpb.Failed | None = None  # instead of adoption
+    fail_after_tokens: int | None = None  # of one sequence, then `decode_failure` or the session breaks
+    skip_offset: int | None = None  # leaves a gap there
+    repeat_offset: int | None = None
+    hold_first_tokens_s: float = 0.0  # so that decode overtakes them
+    finish_at: dict[int, int] = field(default_factory=dict)  # sequence index -> position of its EOS
+    jump_step: bool = False
+    break_session: bool = False

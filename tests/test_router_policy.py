@@ -1,0 +1,122 @@
+"""Which workers a run gets: load first, affinity among equals, roles, pools too small, workers to avoid."""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from protos import inference_pb2 as pb
+from protos import worker_pb2 as wpb
+from router.config import RouterConfig
+from router.errors import RequestError
+from router.policy import Need, Route, affinity_key, choose
+from router.worker_client import Connection, WorkerClient
+
+CONFIG = RouterConfig("m", prefill_slack_tokens=1000, decode_slack_sequences=2)
+ROLES = {"p": wpb.WORKER_ROLE_PREFILL, "d": wpb.WORKER_ROLE_DECODE, "b": wpb.WORKER_ROLE_BOTH}
+Make = Callable[..., WorkerClient]
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    """Clients that never connect; their state is set by hand. The name's first letter is the role."""
+    made = []
+
+    def build(name: str, blocks: int = 100, layout: str = "same", **load: Any) -> WorkerClient:
+        member = wpb.Member(worker_id=name, incarnation="i", address="127.0.0.1:1", role=ROLES[name[0]])
+        member.state = wpb.WORKER_STATE_READY
+        client = WorkerClient(member, CONFIG, lambda: None)
+        client.connection = Connection.READY
+        client.load = wpb.WorkerLoad(state=wpb.WORKER_STATE_READY, **load)
+        client.info = wpb.GetWorkerResponse(total_kv_blocks=blocks)
+        client.info.layout.block_size = 16
+        client.info.layout.fingerprint = layout
+        made.append(client)
+        return client
+
+    yield build
+    for client in made:
+        await client.close("the test ends")
+
+
+def need(key: str = "k", num_tokens: int = 100, n: int = 1, first_token_only: bool = False) -> Need:
+    return Need(affinity_key(key, (), 1), num_tokens, n, first_token_only)
+
+
+def names(route: Route | None) -> tuple[str | None, str | None]:
+    assert route is not None
+    return (route.prefill.worker_id if route.prefill else None, route.decode.worker_id if route.decode else None)
+
+
+NOBODY: frozenset[str] = frozenset()
+
+
+async def test_a_key_keeps_its_workers_and_keys_spread(make: Make) -> None:
+    workers = [make(name) for name in ("p0", "p1", "p2", "d0", "d1", "d2")]
+    routes = {i: names(choose(workers, need(str(i)), CONFIG, NOBODY)) for i in range(300)}
+    assert routes == {i: names(choose(list(reversed(workers)), need(str(i)), CONFIG, NOBODY)) for i in range(300)}
+    assert all(70 < count < 130 for count in Counter(d for _, d in routes.values()).values())
+    fewer = [w for w in workers if w.worker_id != "d2"]
+    moved = [i for i in routes if names(choose(fewer, need(str(i)), CONFIG, NOBODY)) != routes[i]]
+    assert set(moved) == {i for i, (_, d) in routes.items() if d == "d2"}
+
+
+async def test_load_beats_affinity(make: Make) -> None:
+    p0, p1, d0, d1 = (make(name) for name in ("p0", "p1", "d0", "d1"))
+    workers = [p0, p1, d0, d1]
+    d0.load.num_running, p1.queued_prompt_tokens = 3, 51
+    assert {names(choose(workers, need(str(i)), CONFIG, NOBODY)) for i in range(50)} == {("p0", "d1")}
+    p1.queued_prompt_tokens, d0.load.num_running = 50, 2
+    assert len({names(choose(workers, need(str(i)), CONFIG, NOBODY)) for i in range(50)}) == 4
+    d0.num_sequences = 9  # our own count is newer than the report
+    assert names(choose(workers, need(), CONFIG, NOBODY))[1] == "d1"
+
+
+async def test_only_workers_that_take_work(make: Make) -> None:
+    p0, d0, d1 = make("p0"), make("d0"), make("d1")
+    d0.load.state = wpb.WORKER_STATE_DRAINING
+    assert {names(choose([p0, d0, d1], need(str(i)), CONFIG, NOBODY))[1] for i in range(20)} == {"d1"}
+    d1.member.state = wpb.WORKER_STATE_DRAINING
+    assert choose([p0, d0, d1], need(), CONFIG, NOBODY) is None
+    d1.member.state = wpb.WORKER_STATE_READY
+    d1.connection = Connection.LOST
+    assert choose([p0, d0, d1], need(), CONFIG, NOBODY) is None
+
+
+async def test_roles(make: Make) -> None:
+    p0, d0, b0 = make("p0"), make("d0"), make("b0")
+    assert names(choose([p0, d0, b0], need(), CONFIG, NOBODY)) == ("p0", "d0")
+    assert names(choose([p0, b0], need(), CONFIG, NOBODY)) == (None, "b0")
+    assert names(choose([p0, d0], need(first_token_only=True), CONFIG, NOBODY)) == ("p0", None)
+    assert names(choose([p0], need(first_token_only=True), CONFIG, NOBODY)) == ("p0", None)
+    assert names(choose([b0], need(first_token_only=True), CONFIG, NOBODY)) == (None, "b0")
+    d0.load.num_running = 5
+    assert names(choose([p0, d0, b0], need(), CONFIG, NOBODY)) == (None, "b0")
+    assert choose([p0], need(), CONFIG, NOBODY) is None
+
+
+async def test_workers_to_avoid_are_used_if_there_are_no_others(make: Make) -> None:
+    p0, d0, d1 = make("p0"), make("d0"), make("d1")
+    avoid = frozenset({"p0", "d1"})
+    assert {names(choose([p0, d0, d1], need(str(i)), CONFIG, avoid)) for i in range(20)} == {("p0", "d0")}
+    assert names(choose([p0, d1], need(), CONFIG, avoid)) == ("p0", "d1")
+
+
+async def test_pools_too_small(make: Make) -> None:
+    p0, small, large = make("p0"), make("d0", blocks=7), make("d1", blocks=12)
+    workers = [p0, small, large]
+    # 100 tokens and one to come fit 7 blocks; with 4 sequences 6 are shared and each has its own seventh.
+    assert {names(choose(workers, need(str(i)), CONFIG, NOBODY))[1] for i in range(20)} == {"d0", "d1"}
+    assert {names(choose(workers, need(str(i), n=4), CONFIG, NOBODY))[1] for i in range(20)} == {"d1"}
+    with pytest.raises(RequestError, match="needs 14 KV blocks; worker 'd1' has 12") as caught:
+        choose(workers, need(n=8), CONFIG, NOBODY)
+    assert caught.value.reason == pb.ERROR_REASON_KV_CACHE_EXHAUSTED
+
+
+async def test_layouts_must_match(make: Make) -> None:
+    old, new, d0 = make("p0", layout="old"), make("p1", layout="new"), make("d0", layout="new")
+    assert {names(choose([old, new, d0], need(str(i)), CONFIG, NOBODY)) for i in range(20)} == {("p1", "d0")}
+    with pytest.raises(RequestError, match="no prefill worker can hand its KV") as caught:
+        choose([old, d0], need(), CONFIG, NOBODY)
+    assert caught.value.reason == pb.ERROR_REASON_INCOMPATIBLE_WORKERS
