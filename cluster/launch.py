@@ -212,9 +212,13 @@ def _wait_until_ready(deployment: Deployment, config: DeploymentConfig, say: Say
                 raise LaunchError(f"{part['id']} did not start: {part['detail']}")
             if part["state"] != "placing":
                 placing_since.pop(part["id"], None)
-            elif time.monotonic() - placing_since.setdefault(part["id"], time.monotonic()) > config.placement_timeout_s:
+                continue
+            waited_s = time.monotonic() - placing_since.setdefault(part["id"], time.monotonic())
+            # Without a reason there is room, and Ray is about to start the process.
+            limit_s = config.placement_timeout_s if part["detail"] else config.startup_timeout_s
+            if waited_s > limit_s:
                 detail = part["detail"] or "Ray has not started its process"
-                raise LaunchError(f"{part['id']} found no place within {config.placement_timeout_s:g} s: {detail}")
+                raise LaunchError(f"{part['id']} found no place within {limit_s:g} s: {detail}")
         if is_settled(status):
             return
 
