@@ -172,6 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     path = resolve(options.model, print)
+    assert transformers.PreTrainedModel  # imported lazily, and for seconds: not part of a model's load time
     ours = Ours(path, options)
     info, layout, device = ours.engine.model_info, ours.engine.layout, ours.engine.slab.device
     theirs = Theirs(path, options, getattr(torch, info.dtype), device)

@@ -125,7 +125,7 @@ class Engine:
             if request.id in self._ids:
                 raise ValueError(f"id: {request.id!r} is in this engine already")
             self._ids.add(request.id)
-            self._post(lambda: self._add(request, sink))
+            self._do(lambda: self._add(request, sink))
 
     def grant(self, request_id: str, first_block: int) -> None:
         """A sink prompt's receiver has pages for it, and already holds the logical blocks before `first_block`."""
@@ -225,12 +225,14 @@ class Engine:
                     self._wake.wait(IDLE_BEAT_S)
                     self._beat = time.monotonic()
                 if self._stopping:
-                    return
+                    break
                 inbox, self._inbox = self._inbox, []
             for command in inbox:
                 command()
             idle = not self._step()
             self._beat = time.monotonic()
+        for future in self._grants.values():
+            future.cancel()
 
     def _step(self) -> bool:
         """Schedules and computes one step. False: nothing can run before the inbox brings something."""
@@ -313,11 +315,8 @@ class Engine:
                     future.set_exception(error)
 
         with self._wake:
-            self._post(guarded)
-
-    def _post(self, command: Callable[[], None]) -> None:
-        self._inbox.append(command)
-        self._wake.notify()
+            self._inbox.append(guarded)
+            self._wake.notify()
 
 
 def _fit(config: EngineConfig, info: ModelInfo, num_tokens: int) -> ModelInfo:

@@ -172,10 +172,6 @@ class Scheduler:
         """The whole step went wrong: every request in it fails."""
         return self.update(plan, [RowResult(error=(reason, message)) for _ in plan.rows])
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._queue or self._running)
-
     def stats(self) -> EngineStats:
         num_reservations = len(self._held) + sum(isinstance(e, QueuedReservation) for e in self._queue)
         return EngineStats(

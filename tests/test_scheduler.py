@@ -360,7 +360,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if sim.outputs.get((name, 0)):
                     sim.scheduler.release(name)
             plan = sim.step()
-            if not (plan.rows or plan.granted or sim.scheduler.has_work):
+            stats = sim.scheduler.stats()
+            if not (plan.rows or plan.granted or stats.num_waiting or stats.num_running):
                 break
         for name in self.sinks:
             sim.scheduler.release(name)
