@@ -24,7 +24,7 @@ from cluster.actors import CONTROLLER, RouterActor, WorkerActor
 from cluster.config import ROLES, DeploymentConfig, Placement, PoolName, missing_half
 from cluster.placement import Demand, cluster_nodes, waits_for
 from cluster.spec import Builders, RouterSpec, WorkerSpec, num_threads, worker_spec
-from cluster.supervisor import Supervisor, explain
+from cluster.supervisor import Supervisor, explain, result_of
 from protos.worker_pb2 import Members
 
 _ADOPT_S = 10.0
@@ -52,8 +52,6 @@ class Controller:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._booted = asyncio.create_task(self._boot())
-
-    # ------------------------------------------------ operators
 
     async def status(self, after: int = -1, timeout_s: float = 0.0) -> dict[str, Any]:
         """The deployment as plain data, at once or when its version is above `after`, at most `timeout_s` later."""
@@ -139,8 +137,6 @@ class Controller:
         self._pool_of.clear()
         await asyncio.to_thread(_forget, self._config.name)
 
-    # ------------------------------------------------ membership
-
     async def publish(self) -> None:
         """Tells everybody who is there. Workers first: a router may use a pair only when the pair know each other."""
         async with self._publishing:
@@ -150,8 +146,6 @@ class Controller:
             message = Members(members=members).SerializeToString()
             await asyncio.gather(*(one.tell_members(message, _PUSH_S) for one in self._workers.values()))
             await self._router.tell_members(message, _PUSH_S)
-
-    # ------------------------------------------------ internals
 
     async def _boot(self) -> None:
         self._targets.update(await asyncio.to_thread(_recall, self._config.name))
@@ -169,7 +163,7 @@ class Controller:
         except ValueError:  # died meanwhile
             return
         try:
-            identity = await asyncio.wait_for(_result(handle.identity.remote()), _ADOPT_S)
+            identity = await asyncio.wait_for(result_of(handle.identity.remote()), _ADOPT_S)
         except Exception as error:
             identity = {"ready": None, "error": error}
         spec = identity.get("spec")
@@ -295,10 +289,6 @@ class Controller:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.error("a task of the controller failed", exc_info=task.exception())
-
-
-async def _result(reference: Any) -> Any:
-    return await reference
 
 
 def _index(worker_id: str) -> int:

@@ -92,7 +92,7 @@ class Supervisor:
                 self.member.state = worker_pb2.WORKER_STATE_DRAINING
             await self._publish()
             try:
-                await asyncio.wait_for(_result(self.handle.drain.remote()), drain_timeout_s)
+                await asyncio.wait_for(result_of(self.handle.drain.remote()), drain_timeout_s)
             except TimeoutError:
                 _log.warning("%s still had work after %s s of draining", self.name, drain_timeout_s)
             except RayError as error:
@@ -103,7 +103,7 @@ class Supervisor:
             await self._publish()
         if was_alive:
             with contextlib.suppress(TimeoutError, RayError):
-                await asyncio.wait_for(_result(self.handle.stop.remote()), _STOP_S)
+                await asyncio.wait_for(result_of(self.handle.stop.remote()), _STOP_S)
         self._kill()
         self._set("stopped")
 
@@ -111,13 +111,13 @@ class Supervisor:
         """A fresh report, or the last one if the actor does not answer in time."""
         if self.state in _ALIVE:
             with contextlib.suppress(TimeoutError, RayError):
-                self.report = await asyncio.wait_for(_result(self.handle.report.remote()), within_s)
+                self.report = await asyncio.wait_for(result_of(self.handle.report.remote()), within_s)
 
     async def tell_members(self, members: bytes, within_s: float) -> None:
         if self.state not in _ALIVE:
             return
         try:
-            await asyncio.wait_for(_result(self.handle.set_members.remote(members)), within_s)
+            await asyncio.wait_for(result_of(self.handle.set_members.remote(members)), within_s)
         except (TimeoutError, RayError) as error:  # the supervision will see why; the next push repeats it all
             _log.warning("%s did not take the new membership: %s", self.name, explain(error))
 
@@ -154,12 +154,12 @@ class Supervisor:
         try:
             self.handle = self._create(self._spec(self.restarts))
             updates = self.handle.start.options(num_returns="streaming").remote()
-            first = await _result(await anext(updates))  # waits as long as no node takes it
+            first = await result_of(await anext(updates))  # waits as long as no node takes it
             self.where = {key: first[key] for key in ("pid", "node_id", "host")}
             self._set("starting")
             async with asyncio.timeout(self._startup_timeout_s):
                 async for reference in updates:
-                    update = await _result(reference)
+                    update = await result_of(reference)
                     if update["state"] == "ready":
                         self._join(update)
                         return True
@@ -178,13 +178,13 @@ class Supervisor:
 
     async def _until_unfit(self) -> str:
         """Why the actor cannot go on: its death, its own word, or its silence."""
-        watch = asyncio.ensure_future(_result(self.handle.watch.remote()))
+        watch = asyncio.ensure_future(result_of(self.handle.watch.remote()))
         try:
             while True:
                 done, _ = await asyncio.wait({watch}, timeout=_HEARTBEAT_S)
                 if done:
                     return watch.result()
-                self.report = await asyncio.wait_for(_result(self.handle.report.remote()), _SILENCE_S)
+                self.report = await asyncio.wait_for(result_of(self.handle.report.remote()), _SILENCE_S)
         except TimeoutError:
             return f"no answer for {_SILENCE_S:g} s"
         except RayError as error:
@@ -213,7 +213,7 @@ class Supervisor:
         self._touched()
 
 
-async def _result(reference: Any) -> Any:
+async def result_of(reference: Any) -> Any:
     """Awaiting a Ray reference in a coroutine of its own, since wait_for and ensure_future take no bare ones."""
     return await reference
 
