@@ -28,4 +28,3 @@ class Faults:
     hold_first_tokens_s: float = 0.0  # so that decode overtakes them
     finish_at: dict[int, int] = field(default_factory=dict)  # sequence index -> position of its EOS
     jump_step: bool = False
-    break_session: bool = False

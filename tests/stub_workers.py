@@ -100,10 +100,6 @@ class StubWorker:
         self.state = state
         self._state_changed.set()
 
-    def break_sessions(self) -> None:
-        for session in self._sessions:
-            session.queue.put_nowait(None)
-
     def member(self, state: wpb.WorkerState = wpb.WORKER_STATE_READY) -> wpb.Member:
         return wpb.Member(
             worker_id=self.worker_id,

@@ -186,8 +186,9 @@ async def test_the_client_leaves_in_any_phase(smollm2: Path, phase: str, how: st
         address = front.router.address
         channel = grpc.aio.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),))
         client = inference_pb2_grpc.InferenceServiceStub(channel)
-        call = client.GenerateStream(ask(), timeout=0.4 if how == "deadline" else 30)
+        call = client.GenerateStream(ask(), timeout=1.0 if how == "deadline" else 30)
         await front.until(lambda: front.router.admission.phases() == {phase: 1})
+        await front.until(lambda: bool(front.cluster.workers["p0"].requests))
         if how == "cancel":
             call.cancel()
         elif how == "disconnect":
