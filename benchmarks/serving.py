@@ -141,9 +141,8 @@ def main() -> None:
     results = asyncio.run(run(options.target, arrivals, options.seed, options.timeout_s))
     summary = summarize(results, options.slo_ttft_ms, options.slo_tpot_ms)
     show(summary)
-    config = {k: str(v) if isinstance(v, list) else v for k, v in vars(options).items()}
     versions = {"python": platform.python_version(), "grpcio": grpc.__version__}
-    print(json.dumps({"benchmark": "serving", "config": config, **versions, **summary}))
+    print(json.dumps({"benchmark": "serving", "config": vars(options), **versions, **summary}))
 
 
 def load(options: argparse.Namespace) -> list[Arrival]:
