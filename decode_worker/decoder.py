@@ -37,7 +37,7 @@ class Decoder:
         """Take a run in; refusals are reported as its Failed entry."""
         run_id, attempt = message.request.run_id, message.request.attempt
 
-        def refuse(reason: "inference_pb2.ErrorReason.ValueType", text: str, retryable: bool) -> None:
+        def refuse(reason: inference_pb2.ErrorReason, text: str, retryable: bool) -> None:
             failed = worker_pb2.Failed(reason=reason, message=text, retryable=retryable)
             emit(worker_pb2.StepEntry(run_id=run_id, attempt=attempt, failed=failed))
 
@@ -111,7 +111,7 @@ class Decoder:
         self.engine.release(run.owner)
         self.runs.remove(run)
 
-    def fail(self, run: Run, reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool) -> None:
+    def fail(self, run: Run, reason: inference_pb2.ErrorReason | str, message: str, retryable: bool) -> None:
         if run.state is not RunState.OVER:
             self.end(run)
             run.emit(run.entry(failed=worker_pb2.Failed(reason=reason, message=message, retryable=retryable)))
@@ -138,7 +138,7 @@ class Decoder:
             case Preempted(sequence_index=index):
                 run.emit(run.entry(sequence_index=index, preempted=worker_pb2.Preempted()))
             case Failed(reason=reason, message=text):
-                self.fail(run, inference_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}"), text, False)
+                self.fail(run, f"ERROR_REASON_{reason}", text, False)
 
     def _add_token(self, run: Run, token: Token) -> None:
         index = token.sequence_index

@@ -30,7 +30,7 @@ RELEASE_TIMEOUT_S = 5.0
 class HandoffFailed(Exception):
     """Why the KV did not arrive, in the words of worker.proto's Failed."""
 
-    def __init__(self, reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool):
+    def __init__(self, reason: inference_pb2.ErrorReason, message: str, retryable: bool):
         super().__init__(message)
         self.reason = reason
         self.message = message

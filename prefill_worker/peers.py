@@ -66,7 +66,7 @@ class Peer:
     async def close(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
-        await self._channel.close()
+        await self._channel.close(None)
 
 
 class Peers:

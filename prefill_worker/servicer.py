@@ -93,7 +93,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 case Token() as token:
                     tokens.append(token)
                 case Failed(reason=reason, message=text):
-                    yield _failed(inference_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}"), text, False)
+                    yield _failed(f"ERROR_REASON_{reason}", text, False)
                     return
         tokens.sort(key=lambda token: token.sequence_index)
         first = worker_pb2.FirstTokens(tokens=[first_token_to_pb(token, request.sampling.seed) for token in tokens])
@@ -154,5 +154,5 @@ async def _next_event(events: asyncio.Queue[Event], handoff: Handoff | None) -> 
         getting.cancel()
 
 
-def _failed(reason: "inference_pb2.ErrorReason.ValueType", message: str, retryable: bool) -> worker_pb2.PrefillEvent:
+def _failed(reason: inference_pb2.ErrorReason | str, message: str, retryable: bool) -> worker_pb2.PrefillEvent:
     return worker_pb2.PrefillEvent(failed=worker_pb2.Failed(reason=reason, message=message, retryable=retryable))

@@ -1,7 +1,9 @@
 """What every test shares: the demo model, a tiny one, and no leftovers."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,3 +25,24 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.service import tiny_model
 
     return tiny_model(smollm2, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Any]:
+    """Ray on one machine: a head without CPUs, a node labelled for each pool."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 80 << 20}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small}, connect=False
+    )
+    try:
+        cluster.add_node(num_cpus=4, labels={"pool": "prefill"}, resources={"prefill_slots": 3}, **small)
+        cluster.add_node(num_cpus=4, labels={"pool": "decode"}, **small)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

@@ -19,24 +19,6 @@ from protos import worker_pb2
 from tests.fake_cluster import FAKES
 
 
-@pytest.fixture(scope="module")
-def two_nodes() -> Iterator[Cluster]:
-    """A head without CPUs, a node labelled for each pool."""
-    small = {"object_store_memory": 80 << 20}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small}, connect=False
-    )
-    try:
-        cluster.add_node(num_cpus=4, labels={"pool": "prefill"}, resources={"prefill_slots": 3}, **small)
-        cluster.add_node(num_cpus=4, labels={"pool": "decode"}, **small)
-        cluster.wait_for_nodes()
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
 def settings(**changes: Any) -> DeploymentConfig:
     pools: dict[str, Any] = {
         "prefill": {"label_selector": {"pool": "prefill"}, **changes.pop("prefill", {})},

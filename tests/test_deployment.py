@@ -21,7 +21,6 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tests.references import load
 from tests.service import NOTHING_LEFT, Answer, collect, request
-from tests.test_cluster import two_nodes  # noqa: F401
 
 BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 4  # SmolLM2: layers, K and V, heads, tokens, dim, fp32
 
