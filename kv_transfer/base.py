@@ -106,7 +106,7 @@ class Outgoing(Protocol):
     def push(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
         """Queues local pages `block_ids`, the logical blocks from `block_start`, layers [layer_start, layer_stop).
 
-        They must be final, and stay so until `finish` returns or `wait_closed` does: they are read later, elsewhere.
+        They must be final, and stay so until `finish` returns or `wait_closed` does: they are read later.
         Order is kept. A transfer that has failed ignores it; `finish` tells why.
         """
 

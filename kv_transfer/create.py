@@ -22,6 +22,9 @@ CHUNK_BYTES = {"local": 1 << 20, "grpc": 1 << 20, "ray_store": 8 << 20}
 TRANSPORTS = tuple(CHUNK_BYTES)
 MAX_CHUNK_BYTES = 16 << 20  # what a receiver takes
 
+# Up to this much a stream buffers, so that the next chunk is packed while the last ones are written.
+_KV_CHANNEL_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.http2.write_buffer_size", 4 << 20)]
+
 
 def create_sender(
     transport: str,
@@ -62,7 +65,7 @@ def serve(
 
 
 class _Sender:
-    """Opens transfers; one channel per peer, one pool of two threads that read pages."""
+    """Opens transfers; one channel per peer."""
 
     def __init__(
         self,
@@ -79,7 +82,8 @@ class _Sender:
         self._object_store = object_store
         self._max_chunk_bytes = max_chunk_bytes
         self._progress_s = progress_s
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="kv-read")
+        # A put may wait for room in the store. What only copies is done at once: a thread costs more than it saves.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="kv-put") if object_store is not None else None
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._open: set[ChunkedOutgoing] = set()
 
@@ -98,14 +102,15 @@ class _Sender:
         await asyncio.gather(*(outgoing.wait_closed() for outgoing in outgoings))
         await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
         self._channels.clear()
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def _wire(self, address: str, transfer_id: bytes) -> Wire:
         if self._transport == "local":
             return local.LocalWire(address, transfer_id, self._source)
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=_KV_CHANNEL_OPTIONS)
         if self._object_store is not None:
             return RayStoreWire(channel, transfer_id, self._source, self._object_store)
         return GrpcWire(channel, transfer_id, self._source)

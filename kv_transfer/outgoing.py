@@ -4,8 +4,9 @@ Life of a transfer here:
  1. `open` starts a task on the sender's event loop; the wire begins the stream under the ticket.
  2. The engine thread pushes rectangles of pages; each is a queue entry and a wake-up, nothing else.
  3. The task cuts them into chunks, first joining what queued up meanwhile (the next layers of the same blocks).
- 4. A pool thread reads a chunk's pages, takes the checksum and packs it; the chunk before it is sent at the same time.
-    So one transfer holds two packed chunks and what the wire has in flight, however long the prompt is.
+ 4. A chunk's pages are read, checksummed and packed, on the loop or, for a wire whose packing may block, on a pool
+    thread while the chunk before it is sent. One transfer holds two packed chunks and what the wire has in flight,
+    however long the prompt is.
  5. `finish` ends the stream: the wire waits until the receiver has placed all of it.
  6. Whatever ended the task, the pool's reads are waited for, then the transfer is closed.
 """
@@ -27,13 +28,13 @@ from kv_transfer.memory import BlockMemory
 
 
 class Wire(Protocol):
-    """How one transfer's chunks reach the receiver. All but `pack` run on the event loop; all raise TransferError."""
+    """How one transfer's chunks reach the receiver. All but `pack` run on the event loop; they raise TransferError."""
 
     async def begin(self) -> None:
         """Opens the stream."""
 
     def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> bytes:
-        """Copies a chunk's pages into what `send` takes. Runs on pool threads, two at a time."""
+        """Copies a chunk's pages into what `send` takes. Runs on the loop, or on pool threads two at a time."""
 
     async def send(self, packed: bytes) -> None:
         """Returns when the chunk is on its way and the next may follow."""
@@ -52,7 +53,7 @@ class ChunkedOutgoing:
     """An `Outgoing` over a wire."""
 
     def __init__(
-        self, memory: BlockMemory, wire: Wire, pool: ThreadPoolExecutor, max_chunk_bytes: int, progress_s: float
+        self, memory: BlockMemory, wire: Wire, pool: ThreadPoolExecutor | None, max_chunk_bytes: int, progress_s: float
     ) -> None:
         self._memory = memory
         self._wire = wire
@@ -152,16 +153,24 @@ class ChunkedOutgoing:
         """Starts reading the next chunk, and sends the one before it. False: there was neither."""
         chunk = self._next_chunk()
         if chunk is not None:
-            self._reads.append(self._pool.submit(self._pack, self._num_chunks, chunk))
+            self._reads.append(self._read(chunk))
             self._num_chunks += 1
         if len(self._reads) > 1 or (self._reads and chunk is None):
-            header, packed = await asyncio.wrap_future(self._reads[0])
+            read = self._reads[0]
+            header, packed = read.result() if read.done() else await asyncio.wrap_future(read)
             self._reads.popleft()
             self._manifest.add(header)
             async with asyncio.timeout(self._progress_s):
                 await self._wire.send(packed)
             return True
         return chunk is not None
+
+    def _read(self, chunk: "_Rect") -> "Future[tuple[ChunkHeader, bytes]]":
+        if self._pool is not None:
+            return self._pool.submit(self._pack, self._num_chunks, chunk)
+        read: Future[tuple[ChunkHeader, bytes]] = Future()
+        read.set_result(self._pack(self._num_chunks, chunk))
+        return read
 
     def _next_chunk(self) -> "_Rect | None":
         with self._lock:
