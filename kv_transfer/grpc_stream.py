@@ -5,7 +5,8 @@ Life of a stream at the receiving worker, on its event loop:
  2. Each CHUNK is checked and scattered straight from the message into the pages. A TOKEN's bytes are fetched from the
     object store on a pool thread first, and acknowledged.
  3. END gives the counts; the acknowledgement that answers it says that all of it lies in the pages.
- 4. A stream that ends otherwise fails its transfer. Nothing is visible before Commit in any case.
+ 4. A stream that ends otherwise fails its transfer. A ticket that ends otherwise ends its stream, so that the sender
+    stops at once. Nothing is visible before Commit in any case.
 
 Per byte a stream costs, beside the socket: one gathering copy and gRPC's own at the sender; gRPC's and one scattering
 copy at the receiver; a checksum on each side.
@@ -13,7 +14,7 @@ copy at the receiver; a checksum on each side.
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -45,40 +46,47 @@ class _PushHandler:
         self._pool = pool
 
     async def push(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
-        transfer_id, num_chunks = None, 0
-        failure: TransferError = TransferBroken("the sender is gone")
+        transfer_id, verdict, stream = None, None, _Incoming(context)
         try:
             async with asyncio.timeout(self._receiver.progress_s):
                 message = await context.read()
             transfer_id = self._begin(message)
-            while isinstance(message := await context.read(), bytes):
-                frame = Frame.parse(message)
-                if frame.transfer_id != transfer_id:
-                    raise TransferBroken("frame of another transfer")
-                if frame.kind is Kind.END:
-                    self._receiver.end(transfer_id, *frame.counts())
-                    await context.write(pack_ack(num_chunks))
-                    return
-                if frame.kind is Kind.CHUNK:
-                    self._receiver.chunk(transfer_id, frame.header, [frame.payload])
-                elif frame.kind is Kind.TOKEN:
-                    await asyncio.get_running_loop().run_in_executor(self._pool, self._fetch, frame)
-                    await context.write(pack_ack(num_chunks + 1))
-                else:
-                    raise TransferBroken("a second BEGIN")
-                num_chunks += 1
-            raise TransferBroken(f"the stream ended after {num_chunks} chunks without END")
+            stream.watch(self._receiver.over(transfer_id))
+            await self._take(transfer_id, stream)
         except TransferError as error:
-            failure = error
-            await context.write(pack_ack(num_chunks, error))
+            verdict = error
         except TimeoutError:
-            await context.write(pack_ack(0, TransferBroken("no BEGIN came")))
+            verdict = TransferBroken("no BEGIN came")
         except Exception as error:
-            failure = TransferBroken(f"the receiver failed: {error!r}")
+            verdict = TransferBroken(f"the receiver failed: {error!r}")
+            raise
+        except asyncio.CancelledError:
+            verdict = TransferBroken("the sender is gone")
             raise
         finally:
-            if transfer_id is not None:
-                self._receiver.fail(transfer_id, failure)  # without effect after END
+            stream.close()
+            if transfer_id is not None and verdict is not None:
+                self._receiver.fail(transfer_id, verdict)
+        await context.write(pack_ack(stream.num_chunks, verdict))
+
+    async def _take(self, transfer_id: bytes, stream: "_Incoming") -> None:
+        """Everything after BEGIN. Returns when END has come and agrees."""
+        while True:
+            frame = Frame.parse(await stream.read())
+            if frame.transfer_id != transfer_id:
+                raise TransferBroken("frame of another transfer")
+            if frame.kind is Kind.END:
+                self._receiver.end(transfer_id, *frame.counts())
+                return
+            if frame.kind is Kind.CHUNK:
+                self._receiver.chunk(transfer_id, frame.header, [frame.payload])
+                stream.num_chunks += 1
+            elif frame.kind is Kind.TOKEN:
+                await asyncio.get_running_loop().run_in_executor(self._pool, self._fetch, frame)
+                stream.num_chunks += 1
+                await stream.context.write(pack_ack(stream.num_chunks))
+            else:
+                raise TransferBroken("a second BEGIN")
 
     def _begin(self, message: object) -> bytes:
         if not isinstance(message, bytes):
@@ -94,6 +102,41 @@ class _PushHandler:
             raise TransferBroken("chunk in an object store: this worker has none")
         arrays = self._object_store.get(frame.token(), self._receiver.progress_s)
         self._receiver.chunk(frame.transfer_id, frame.header, arrays)
+
+
+class _Incoming:
+    """A stream being read, which ends early if its ticket does: released, expired or failed while nothing comes."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self.context = context
+        self.num_chunks = 0
+        self._over: asyncio.Task[TransferError] | None = None
+        self._reading: asyncio.Task | None = None  # the handler's own task, while it waits for a message
+
+    def watch(self, over: Coroutine[None, None, TransferError]) -> None:
+        self._over = asyncio.create_task(over)
+        self._over.add_done_callback(lambda _: self._reading and self._reading.cancel())
+
+    async def read(self) -> bytes:
+        assert self._over is not None
+        if self._over.done():
+            raise self._over.result()
+        self._reading = asyncio.current_task()
+        try:
+            message = await self.context.read()
+        except asyncio.CancelledError:
+            if self._over.done():
+                raise self._over.result() from None
+            raise
+        finally:
+            self._reading = None
+        if not isinstance(message, bytes):
+            raise TransferBroken(f"the stream ended after {self.num_chunks} chunks without END")
+        return message
+
+    def close(self) -> None:
+        if self._over is not None:
+            self._over.cancel()
 
 
 class GrpcWire:

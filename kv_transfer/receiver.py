@@ -189,8 +189,7 @@ class Receiver:
             with ticket.lock:
                 if self._settle(ticket, manifest):
                     return
-                waiter = asyncio.get_running_loop().create_future()
-                ticket.waiters.append(waiter)
+                waiter = ticket.waiter()
                 stalled_s = max(ticket.progressed_s, started_s) + self.progress_s
                 wait_s = stalled_s - self._clock()
             try:
@@ -200,6 +199,18 @@ class Receiver:
                     moved = max(ticket.progressed_s, started_s) + self.progress_s > stalled_s
                     if not moved and ticket.state in (State.GRANTED, State.RECEIVING):
                         self._fail(ticket, TransferBroken(f"no chunk came for {self.progress_s} s before the last one"))
+
+    async def over(self, transfer_id: bytes) -> TransferError:
+        """Returns once the ticket has ended badly, with what its next chunk would be told. Cancel it otherwise."""
+        ticket = self._find(transfer_id)
+        while True:
+            with ticket.lock:
+                if ticket.state in (State.FAILED, State.RELEASED, State.EXPIRED):
+                    return ticket.error or TransferRefused(f"ticket is {ticket.state.value}")
+                # Complete before its END came: nothing will wake this, nor need it.
+                complete = ticket.state is State.COMPLETE
+                waiter = asyncio.get_running_loop().create_future() if complete else ticket.waiter()
+            await waiter
 
     def heartbeat(self, transfer_ids: Iterable[bytes]) -> list[bytes]:
         """Renews leases; returns the tickets that are over, failed or unknown."""
@@ -356,8 +367,14 @@ class _Ticket:
     waiters: list[asyncio.Future] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def waiter(self) -> asyncio.Future:
+        """A future of the running loop that the next `wake` resolves."""
+        waiter = asyncio.get_running_loop().create_future()
+        self.waiters.append(waiter)
+        return waiter
+
     def wake(self) -> None:
-        """Lets every waiting commit look again, on its own loop."""
+        """Lets everyone who waits for this ticket look again, on their own loops."""
         for waiter in self.waiters:
             with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there
                 waiter.get_loop().call_soon_threadsafe(_resolve, waiter)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kv_transfer
-from kv_transfer.base import Manifest, ObjectStore
+from kv_transfer.base import BlockMemory, Manifest, ObjectStore
 from kv_transfer.receiver import Receiver
 from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, Pair, make_memory, transfer_pair
 
@@ -232,6 +232,34 @@ async def test_an_idle_stream_to_a_refusing_receiver_closes(pair: Pair, transpor
     await asyncio.wait_for(outgoing.wait_closed(), 4)
     with pytest.raises(kv_transfer.TransferRefused):
         await outgoing.finish()
+
+
+async def test_release_ends_an_idle_stream(pair: Pair, transport: str):
+    """The sender hears of a release at once, not with its next chunk."""
+    if transport == "local":
+        pytest.skip("a refusal comes with the next call")
+    transfer_id = pair.grant(range(8))
+    outgoing = pair.open(transfer_id)
+    outgoing.push(range(8, 16), 0, 0, 1)
+    await pair.received(8 * LAYER_OFFSETS[1])
+    assert pair.receiver.release(transfer_id)
+    await asyncio.wait_for(outgoing.wait_closed(), 4)
+    with pytest.raises(kv_transfer.TransferRefused, match="released"):
+        await outgoing.finish()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+async def test_pages_on_a_gpu_are_staged(transport: str):
+    if transport == "ray_store":
+        pytest.skip("the store sees arrays, wherever they came from")
+    source, target = (BlockMemory(make_memory(8, seed).slab.cuda(), LAYER_OFFSETS) for seed in (1, None))
+    async with transfer_pair(transport, source=source, target=target) as pair:
+        transfer_id = pair.grant([5, 1, 7])
+        outgoing = pair.open(transfer_id, 8192)
+        outgoing.push([0, 6, 2], 0, 0, NUM_LAYERS)
+        await pair.receiver.commit(transfer_id, await outgoing.finish())
+        assert pair.is_equal([0, 6, 2], [5, 1, 7])
 
 
 async def test_nobody_there():

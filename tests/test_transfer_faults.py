@@ -76,7 +76,7 @@ async def test_sender_killed_after_every_chunk(pair: Pair, num_chunks: int):
         await pair.received(num_chunks * LAYER_OFFSETS[-1])
         process.kill()
         if num_chunks:
-            with pytest.raises(kv_transfer.TransferBroken, match=f"ended after {num_chunks} chunks without END"):
+            with pytest.raises(kv_transfer.TransferBroken, match=r"without END|sender is gone"):
                 await asyncio.wait_for(pair.receiver.commit(transfer_id, Manifest(99, 99, b"")), 3)
     assert pair.receiver.release(transfer_id)
     pair.receiver.check()
