@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=256, help="the colocated workers' prefill chunk, tokens")
     options = parser.parse_args()
 
-    launch.connect(print, start=True, transport=options.transport)
+    launch.connect(print, start=True, transport=options.transport, join_running=False)
     deployments = {}
     try:
         for name, sizes in SETUPS.items():

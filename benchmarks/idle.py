@@ -40,7 +40,7 @@ def main() -> None:
     config = DeploymentConfig.model_validate(
         {"name": "idle", "router": {"port": 0}, "pools": {"prefill": pool, "decode": pool}}
     )
-    launch.connect(print, start=True)
+    launch.connect(print, start=True, join_running=False)
     try:
         deployment = launch.up(config, print)
         try:

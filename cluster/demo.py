@@ -43,7 +43,7 @@ def main(
     overrides = ["name=demo", f"model.path={model}", f"model.load_format={load_format}", "router.port=0"]
     try:
         config = load(None, overrides)
-        launch.connect(_say, start=True, transport=config.transport)
+        launch.connect(_say, start=True, transport=config.transport, join_running=False)
         try:
             with _out.status("bringing up one prefill and one decode worker"):
                 deployment = launch.up(config, _say)

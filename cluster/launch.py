@@ -33,8 +33,11 @@ class LaunchError(RuntimeError):
     """What the operator asked for cannot be done; one line that says why."""
 
 
-def connect(say: Say, start: bool = False, transport: str = "grpc") -> None:
-    """Joins RAY_ADDRESS, else the cluster that `up` started, else a running one, else (`start`) starts a local one."""
+def connect(say: Say, start: bool = False, transport: str = "grpc", join_running: bool = True) -> None:
+    """Joins RAY_ADDRESS, else the cluster that `up` started, else a running one, else (`start`) starts a local one.
+
+    `join_running=False` leaves clusters of others alone, unless RAY_ADDRESS names one.
+    """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -45,7 +48,7 @@ def connect(say: Say, start: bool = False, transport: str = "grpc") -> None:
     elif local := local_ray.running():
         _join_local(local)
         say(f"joined the local Ray cluster at {local.address}, started by an earlier `pdserve up`")
-    elif address := _running_cluster():
+    elif join_running and (address := _running_cluster()):
         _use_rays_token()
         _join(address)
         say(f"joined the running Ray cluster at {address}")
