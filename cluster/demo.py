@@ -25,10 +25,10 @@ CHAT = "Explain in three sentences why the sky is blue."
 PROMPTS = (
     "Name three colours of the rainbow.",
     "Write one sentence about the sea.",
-    "What is the capital of Italy?",
+    "What is the capital of France?",
     "Give me a tip for learning to cook.",
 )
-MAX_TOKENS = 48
+MAX_TOKENS = 64
 DEADLINE_S = 120.0
 
 _out = Console(highlight=False, soft_wrap=True)
