@@ -103,6 +103,10 @@ class ManifestBuilder:
 class Outgoing(Protocol):
     """One transfer at the sender. `push` and `abort` may be called on any thread and never block."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that have left so far, whatever became of them."""
+
     def push(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
         """Queues local pages `block_ids`, the logical blocks from `block_start`, layers [layer_start, layer_stop).
 

@@ -74,6 +74,10 @@ class ChunkedOutgoing:
         self._moving = self._loop.create_task(self._move())
         self._task = self._loop.create_task(self._run())
 
+    @property
+    def num_bytes(self) -> int:
+        return self._manifest.num_bytes
+
     def push(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
         assert not self._finishing and 0 <= layer_start < layer_stop <= self._memory.num_layers
         with self._lock:

@@ -70,7 +70,6 @@ class Handoff:
         self._committed = False
         self._closed = False
         self.failed: asyncio.Future[None] = self._loop.create_future()  # never a result, only HandoffFailed
-        self.num_bytes = 0
         self.cached_tokens = 0
 
     # KVSink, on the engine thread
@@ -85,12 +84,16 @@ class Handoff:
 
     # On the loop
 
+    @property
+    def num_bytes(self) -> int:
+        """KV bytes that left here for this prompt, adopted or not."""
+        return self._outgoing.num_bytes if self._outgoing is not None else 0
+
     async def commit(self, first_tokens: Sequence[kv.AdoptedToken]) -> None:
         """Returns once the decode worker has verified and adopted. Raises HandoffFailed."""
         assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"
         try:
             manifest = await self._outgoing.finish()
-            self.num_bytes = manifest.num_bytes
             await self._peer.stub.Commit(self._commit_request(manifest, first_tokens), timeout=COMMIT_TIMEOUT_S)
         except TransferError as error:
             raise _failed(error, self._target) from error
@@ -98,6 +101,12 @@ class Handoff:
             raise _from_status(error, self._target) from error
         self._committed = True
         self._peer.drop(self._transfer_id)
+
+    async def abandon(self) -> None:
+        """Every sequence ended with its first token: nothing is left to adopt. `num_bytes` is final afterwards."""
+        if self._outgoing is not None:
+            self._outgoing.abort("the first token was the last")
+            await self._outgoing.wait_closed()
 
     async def close(self) -> None:
         """Gives up what is held at the receiver unless committed; afterwards no page here is read any more."""

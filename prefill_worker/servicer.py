@@ -105,7 +105,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             await handoff.commit(
                 [kv.AdoptedToken(token_id=token.token_id, finished=token.finish is not None) for token in tokens]
             )
-        self.bytes_sent += handoff.num_bytes
+        else:
+            await handoff.abandon()
         yield worker_pb2.PrefillEvent(
             transferred=worker_pb2.Transferred(
                 num_bytes=handoff.num_bytes, transport=self._transport, cached_tokens=handoff.cached_tokens
@@ -117,6 +118,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         try:
             if handoff is not None:
                 await handoff.close()
+                self.bytes_sent += handoff.num_bytes
         finally:
             # Only now may the pages be handed to others: the transport no longer reads them.
             self._engine.abort(request.id)

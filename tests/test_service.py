@@ -21,6 +21,7 @@ async def test_greedy_tokens_are_those_of_transformers(smollm2, transport):
         for row, answer in zip(rows, answers, strict=True):
             assert answer.token_ids[0] == row["output"], row["question"]
             assert answer.timings.kv_transport == transport
+        await s.settle()
         sent = s.worker("prefill").status()["kv_bytes_sent"]
         block_bytes = s.worker("prefill").engine.layout.block_bytes
         assert sent == sum(-(-len(row["prompt"]) // 16) for row in rows) * block_bytes - saved(answers, block_bytes)
@@ -105,8 +106,9 @@ async def test_end_of_sequence_as_first_token_adopts_nothing(tiny):
         forced = request(list(range(40)), 8, sampling=pb.SamplingParams(logit_bias={2: 100.0}))
         answer = await s.generate(forced)
         assert answer.finish[0].eos_token_id == 2 and answer.usage.completion_tokens == 1
-        assert answer.timings.kv_transfer_bytes == s.worker("prefill").status()["kv_bytes_sent"]
         await s.settle()
+        # KV leaves while it is computed, so some may have left by then: what is reported is what moved.
+        assert answer.timings.kv_transfer_bytes == s.worker("prefill").status()["kv_bytes_sent"]
         assert s.worker("decode").status()["tokens_generated"] == 0
 
 
