@@ -43,6 +43,7 @@ class Inputs:
         self._host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self._turn = 0
+        self.num_bytes = 4 * size
 
     def views(self, num_tokens: int, num_rows: int) -> StepTensors:
         at = self._offsets(num_tokens, num_rows)

@@ -19,6 +19,7 @@ from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.kv_layout import LayerShape
 from engine.linear import use_onednn
+from engine.paged_batch import PagedBatch
 from engine.verify import VERIFY_BELOW, UnsupportedModel, compare, probe
 
 log = logging.getLogger(__name__)
@@ -48,13 +49,18 @@ class Model:
     rope_digest: str
     keeps_logits: bool  # whether forward() takes logits_to_keep
 
-    def logits(self, batch: Batch) -> torch.Tensor:
+    def logits(self, batch: "Batch | PagedBatch") -> torch.Tensor:
         """float32 [num_rows, vocab_size]: of each row's last token."""
-        keep = {"logits_to_keep": batch.last} if self.keeps_logits else {}
+        return self.raw_logits(batch).float()
+
+    def raw_logits(self, batch: "Batch | PagedBatch") -> torch.Tensor:
+        """The same in the model's own dtype."""
+        every = getattr(batch, "is_decode", False)  # then each token is its row's last
+        keep = {"logits_to_keep": batch.last} if self.keeps_logits and not every else {}
         out = self.module(
             input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, pdserve_batch=batch, **keep
         ).logits[0]
-        return (out if self.keeps_logits else out[batch.last]).float()
+        return out if self.keeps_logits or every else out[batch.last]
 
 
 def load(config: EngineConfig, device: torch.device, verify: bool | None = None) -> Model:

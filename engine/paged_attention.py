@@ -53,6 +53,7 @@ class Workspace:
         num_kv_heads = max(s.num_kv_heads for s in spans)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         self.programs = {s.num_kv_heads: max(1, processors * 2 // s.num_kv_heads) for s in spans}
+        self.max_rows, self.num_bytes = max_rows, 0
         if device.type != "cuda" and not ops.force_triton:
             return
         slots = max(h * p for h, p in self.programs.items()) * 2
@@ -61,6 +62,7 @@ class Workspace:
         self.partial = torch.empty(slots * group * width, dtype=torch.float32, device=device)
         self.stats = torch.empty(slots * group * 2, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
+        self.num_bytes = 4 * (self.partial.numel() + self.stats.numel() + self.arrived.numel())
 
 
 def tile_tokens(dim: int, dtype: torch.dtype) -> int:
@@ -121,7 +123,7 @@ def attend_singles(
         VALUE_BLOCK=ops._power(span.value_dim),
         BLOCK_SIZE=cache.layout.block_size,
         BLOCK=workspace.tile,
-        ROWS=max(16, ops._power(num_rows)),
+        ROWS=max(16, ops._power(workspace.max_rows)),  # one compilation for all batches
         HAS_WINDOW=call.window > 0,
         HAS_CAP=bool(call.softcap),
         HAS_SINKS=call.sinks is not None,

@@ -28,6 +28,7 @@ class PagedBatch:
         on_layer: Callable[[int], None] = lambda layer: None,
     ):
         self.tensors, self.num_singles, self.chunks = tensors, num_singles, chunks
+        self.is_decode = not chunks  # each token is its row's last
         self.input_ids, self.positions, self.last = input_ids, positions, last
         self.cache, self.workspace, self.rows, self.on_layer = cache, workspace, rows, on_layer
 

@@ -14,7 +14,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "min_share"])
 def decode_kernel(
     query,  # [num_rows, num_heads, key_dim], any strides but the last
     cache,  # the slab, as elements

@@ -9,7 +9,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "kv_len"])
 def prefill_kernel(
     query,  # [num_queries, num_heads, key_dim], any strides but the last
     cache,  # the slab, as elements

@@ -26,7 +26,7 @@ def _gumbel(token, low, high):
     return -tl.log(exponential)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def pick_kernel(
     logits,  # [num_rows, vocab_size], row stride given
     best,  # float32 [num_rows, num_parts]

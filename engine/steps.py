@@ -1,0 +1,161 @@
+"""Steps on the device, launched without waiting: inputs sent, model run or its graph replayed, tokens on their way.
+
+    launch n    inputs -> [prepare, model, pick] -> draws of rows that ask for more -> tokens to the host, event
+    launch n+1  reads its ids from the tokens that n left on the device, before the host has seen them
+    result n    waits for n's event only
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.device_sampler import Draws, Drawn, Picker
+from engine.inputs import Inputs, StepTensors
+from engine.kv_cache import KVCache
+from engine.model import Model
+from engine.paged_attention import Workspace
+from engine.paged_batch import PagedBatch
+from engine.prove import num_query_heads
+from engine.sequence import Plan, Row, RowResult
+
+log = logging.getLogger(__name__)
+
+BAD = RowResult(error=("NON_FINITE_LOGITS", "the model's logits hold NaN or Inf"))
+
+
+class Flight:
+    """One launched step."""
+
+    def __init__(self, rows: Sequence[Row], tokens: torch.Tensor, drawn: Drawn | None):
+        self.rows, self._tokens, self._drawn = rows, tokens, drawn
+        self._event = None
+        if torch.cuda.is_available() and tokens.is_pinned():
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def results(self) -> dict[int, RowResult]:
+        """By id of the row. Waits for the step."""
+        self.wait()
+        tokens = self._tokens.tolist()
+        results = [RowResult() for _ in self.rows]
+        special: dict[int, list] = {}
+        for index, token, logprob in self._drawn.read() if self._drawn is not None else ():
+            special.setdefault(index, []).append((token, logprob))
+        for i, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if token < 0:
+                results[i] = RowResult(error=BAD.error)
+            elif row.samples:
+                results[i].tokens = special.get(i) or [(token, None)]
+        return {id(row): result for row, result in zip(self.rows, results, strict=True)}
+
+
+class Steps:
+    """Owns what outlives a step on the device: input buffers, workspace, the last tokens, captured graphs."""
+
+    def __init__(self, model: Model, cache: KVCache, max_tokens: int, max_rows: int, max_table: int):
+        device = cache.slab.device
+        self.model, self.cache, self.max_rows = model, cache, max_rows
+        self.inputs = Inputs(device, max_tokens, max_rows, max_table, [layer.window for layer in model.layers])
+        self.workspace = Workspace(cache, max_rows, num_query_heads(model))
+        self.picker = Picker(max_rows, model.info.vocab_size, device)
+        self.graphs: dict[int, _Graph] = {}
+        self.num_bytes = self.inputs.num_bytes + self.workspace.num_bytes
+        self._previous: dict[int, int] = {}  # id(sequence) -> its row in the step launched last
+
+    def launch(self, plan: Plan, on_layer: Callable[[int], None] | None = None) -> Flight:
+        """`on_layer(i)` is called when layer i has been launched; not for steps without a chunk of a prompt."""
+        rows = [row for row in plan.rows if row.num_tokens == 1] + [row for row in plan.rows if row.num_tokens > 1]
+        graph = self._graph(rows)
+        num_tokens = sum(row.num_tokens for row in rows) if graph is None else graph.size
+        num_rows = len(rows) if graph is None else graph.size
+        chunks = self.inputs.fill(
+            rows, num_tokens, num_rows, self._previous, self.cache.layout.block_size, self.workspace.tile
+        )
+        if graph is not None:
+            graph.replay()
+            logits, batch = graph.logits, graph.batch
+        else:
+            tensors = self.inputs.views(num_tokens, num_rows)
+            batch = self._batch(tensors, len(rows) - len(chunks), chunks, rows, on_layer)
+            logits = self._compute(batch)
+        drawn = None
+        draws = Draws(rows, self.model.info.vocab_size, self.model.info.eos_token_ids, self.cache.slab.device)
+        if draws.draws:
+            drawn = draws.launch(logits, batch.input_ids[0][batch.last], self.picker)
+        self._previous = {id(row.sequence): i for i, row in enumerate(rows)}
+        return Flight(rows, _to_host(self.picker.tokens[: len(rows)]), drawn)
+
+    def capture(self, sizes: Sequence[int]) -> None:
+        """One graph per batch size, the largest first: the others then fit into its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in sorted(sizes, reverse=True):
+            self.graphs[size] = _Graph(self, size, pool)
+
+    def _graph(self, rows: Sequence[Row]) -> "_Graph | None":
+        if not self.graphs or rows[-1].num_tokens > 1:
+            return None
+        sizes = [size for size in self.graphs if size >= len(rows)]
+        return self.graphs[min(sizes)] if sizes else None
+
+    def _batch(self, tensors: StepTensors, num_singles: int, chunks, rows, on_layer=None) -> PagedBatch:
+        """Device work: ids that only the device knows are put in their places."""
+        known = tensors.ids.long()
+        late = self.picker.tokens[tensors.sources.clamp(min=0).long()]
+        ids = torch.where(tensors.sources >= 0, late.clamp(min=0), known)
+        extra = {} if on_layer is None else {"on_layer": on_layer}
+        return PagedBatch(
+            tensors,
+            ids[None],
+            tensors.positions.long()[None],
+            tensors.last.long(),
+            num_singles,
+            chunks,
+            self.cache,
+            self.workspace,
+            rows,
+            **extra,
+        )
+
+    def _compute(self, batch: PagedBatch) -> torch.Tensor:
+        logits = self.model.raw_logits(batch)
+        tensors = batch.tensors
+        self.picker.pick(logits, tensors.keys, tensors.temperatures, self.picker.tokens[: logits.shape[0]])
+        return logits
+
+
+class _Graph:
+    """A captured decode step for up to `size` rows. Its tensors stay where they are."""
+
+    def __init__(self, steps: Steps, size: int, pool):
+        self.size = size
+        tensors = steps.inputs.views(size, size)
+
+        def run() -> tuple[PagedBatch, torch.Tensor]:
+            batch = steps._batch(tensors, size, [], ())
+            return batch, steps._compute(batch)
+
+        run()  # compiles kernels, fills caches
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.batch, self.logits = run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def bucket_sizes(most: int) -> list[int]:
+    """Batch sizes to capture: close together where padding costs most."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 1025, 64)]
+    return [*[size for size in sizes if size < most], most]
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
