@@ -51,9 +51,7 @@ class Inputs:
         def view(name: str) -> torch.Tensor:
             return self._device[slice(*at[name])]
 
-        singles = Singles(
-            view("kv_lens"), view("tables"), view("starts"), {w: view(f"tiles{w}") for w in self.windows}
-        )
+        singles = Singles(view("kv_lens"), view("tables"), view("starts"), {w: view(f"tiles{w}") for w in self.windows})
         return StepTensors(
             view("ids"),
             view("sources"),

@@ -244,9 +244,7 @@ def _reference_singles(
     return out
 
 
-def _reference_chunk(
-    query: torch.Tensor, call: Call, chunk: Chunk, cache: KVCache, out: torch.Tensor
-) -> torch.Tensor:
+def _reference_chunk(query: torch.Tensor, call: Call, chunk: Chunk, cache: KVCache, out: torch.Tensor) -> torch.Tensor:
     k, v = cache.layers[call.layer].gather(Table(chunk.table[None].long()))  # [1, num_kv_heads, tokens, dim]
     k, v = k[:, :, : chunk.kv_len, :], v[:, :, : chunk.kv_len, :]
     num_kv_heads = k.shape[1]

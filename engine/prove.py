@@ -101,5 +101,3 @@ def _batch(cache: KVCache, start: int, stop: int, model: Any) -> PagedBatch:
 def num_query_heads(model: Any) -> int:
     """The most of any layer."""
     return int(model.module.config.get_text_config().num_attention_heads)
-
-

@@ -1,8 +1,8 @@
 """Steps on the device, launched without waiting: inputs sent, model run or its graph replayed, tokens on their way.
 
-    launch n    inputs -> [prepare, model, pick] -> draws of rows that ask for more -> tokens to the host, event
-    launch n+1  reads its ids from the tokens that n left on the device, before the host has seen them
-    result n    waits for n's event only
+launch n    inputs -> [prepare, model, pick] -> draws of rows that ask for more -> tokens to the host, event
+launch n+1  reads its ids from the tokens that n left on the device, before the host has seen them
+result n    waits for n's event only
 """
 
 import logging

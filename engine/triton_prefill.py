@@ -94,6 +94,4 @@ def prefill_kernel(
         acc = acc * shrink[:, None]
     result = acc / total_sum[:, None]
     at = (m[:, None].to(tl.int64) * num_kv_heads * GROUP + head) * VALUE_DIM + dv[None, :]
-    tl.store(
-        out + at, result.to(out.dtype.element_ty), mask=(m[:, None] < num_queries) & (dv[None, :] < VALUE_DIM)
-    )
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=(m[:, None] < num_queries) & (dv[None, :] < VALUE_DIM))

@@ -1,5 +1,4 @@
-"""Every kernel against its definition in torch: on a GPU where there is one, else in Triton's interpreter, else not.
-"""
+"""Every kernel against its definition in torch: on a GPU where there is one, else in Triton's interpreter, else not."""
 
 import pytest
 import torch
@@ -202,7 +201,9 @@ def test_attend_singles(dtype: torch.dtype, options: str, shape: str, block_size
         counts = [0]
         for n in lengths:
             counts.append(counts[-1] + count_tiles(n, call.window, space.tile))
-        rows = Singles(*(torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, ids.tolist(), starts)), {})
+        rows = Singles(
+            *(torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, ids.tolist(), starts)), {}
+        )
         rows.tiles[call.window] = torch.tensor(counts, dtype=torch.int32, device=device)
         out = torch.empty(0)
         for _ in range(3):  # the counters must be zero again after each launch

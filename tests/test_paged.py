@@ -66,7 +66,9 @@ KINDS = {
 
 
 def test_every_kind_of_sampling_equals_the_reference(llama: Path) -> None:
-    requests = [sampled(kind, prompt(20 + 3 * i, i), seed=i, **params) for i, (kind, params) in enumerate(KINDS.items())]
+    requests = [
+        sampled(kind, prompt(20 + 3 * i, i), seed=i, **params) for i, (kind, params) in enumerate(KINDS.items())
+    ]
     expected = run(llama, requests, max_num_batched_tokens=40, max_num_seqs=16)
     found = paged(llama, requests, max_num_batched_tokens=40, max_num_seqs=16)
     assert found.outputs == expected.outputs
