@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ MAX_NUM_SEQS, MAX_TOKENS = 256, 8192
 
 @dataclass
 class Point:
-    """`kind` decode: rows of `length` tokens; prefill: prompts; skewed: one row of 32k among them; mixed: a chunk too."""
+    """decode: rows of `length` tokens; prefill: prompts; skewed: one row of 32k among them; mixed: a prompt too."""
 
     kind: str
     batch: int
@@ -251,7 +252,7 @@ def decode(driver: Ours | Vllm, point: Point, windows: int = 5, steps: int = 24)
             if warm > 16:
                 times.append(at)
     driver.abort(names)
-    took = [b - a for a, b in zip(times, times[1:], strict=False)]
+    took = [b - a for a, b in pairwise(times)]
     parts = [statistics.median(took[i * steps : (i + 1) * steps]) for i in range(windows)]
     return statistics.median(parts) * 1e3
 
@@ -331,7 +332,6 @@ def ceilings(shape: dict[str, Any]) -> dict[str, float]:
     copied = 2 * source.numel() / timed(lambda: target.copy_(source), 8)
     words = source.view(torch.int64)
     read = source.numel() / timed(lambda: words.max(), 8)
-    del source, target, words
     hidden, wide = shape["hidden_size"], shape["intermediate_size"]
     dim = shape.get("head_dim") or hidden // shape["num_attention_heads"]
     heads, kv_heads = shape["num_attention_heads"] * dim, shape["num_key_value_heads"] * dim

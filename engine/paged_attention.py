@@ -3,13 +3,18 @@
 Every function here has its definition in plain torch, which a CPU runs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine import ops
 from engine.attention import _plain
 from engine.kv_cache import KVCache, Table
+
+if TYPE_CHECKING:
+    from engine.inputs import StepTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class Workspace:
         """`num_heads`: the most query heads of any layer."""
         spans, device = cache.spans, cache.elements.device
         self.tile = min(tile_tokens(max(s.key_dim, s.value_dim), cache.elements.dtype) for s in spans)
+        self.queries = self.tile  # per program of the prefill kernel
         num_kv_heads = max(s.num_kv_heads for s in spans)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         self.programs = {s.num_kv_heads: max(1, processors * 2 // s.num_kv_heads) for s in spans}
@@ -82,11 +88,13 @@ def attend_singles(
     rows: Singles,
     cache: KVCache,
     workspace: Workspace,
+    out: torch.Tensor | None = None,  # [num_rows, num_heads, value_dim]
 ) -> torch.Tensor:
-    """[num_rows, num_heads, value_dim]. What rows without KV get is undefined."""
+    """[num_rows, num_heads, value_dim]. What rows without KV get is left as it was."""
     span = cache.spans[call.layer]
-    num_rows, num_heads = query.shape[:2]
-    out = query.new_empty(num_rows, num_heads, span.value_dim)
+    num_heads = query.shape[1]
+    if out is None:
+        out = query.new_empty(*query.shape[:2], span.value_dim)
     if not ops._triton(query):
         return _reference_singles(query, call, rows, cache, out)
     from engine.triton_decode import decode_kernel
@@ -105,7 +113,7 @@ def attend_singles(
         rows.starts,
         rows.tiles[call.window],
         out if call.sinks is None else call.sinks,
-        num_rows,
+        rows.kv_lens.shape[0],
         query.stride(0),
         query.stride(1),
         span.first,
@@ -137,36 +145,34 @@ def attend_singles(
 MIN_SHARE = 1  # tiles per program, below which a row is not split further
 
 
-def attend_chunk(
-    query: torch.Tensor,  # [num_queries, num_heads, key_dim]
-    key: torch.Tensor | None,  # [num_queries, num_kv_heads, key_dim]: the chunk's own, if nothing is cached before it
-    value: torch.Tensor | None,
+def attend_chunks(
+    query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
     call: Call,
-    chunk: Chunk,
+    tensors: "StepTensors",
+    chunks: Sequence[Chunk],  # the same for the host; what a captured graph lacks
     cache: KVCache,
-) -> torch.Tensor:
-    """[num_queries, num_heads, value_dim], causal, the last query seeing all `kv_len` tokens."""
-    if _flash_takes(query, call, cache):
-        if chunk.kv_len > chunk.num_queries or key is None or value is None:
-            key, value = gather(chunk, call.layer, cache)
-        return _flash(query, key, value, call)
+    workspace: Workspace,
+    out: torch.Tensor,  # [num_tokens, num_heads, value_dim]
+) -> None:
+    """Fills in the tokens of all chunks, each causal, its last query seeing all of its tokens."""
     span = cache.spans[call.layer]
-    out = query.new_empty(*query.shape[:2], span.value_dim)
     if not ops._triton(query):
-        return _reference_chunk(query, call, chunk, cache, out)
+        for chunk in chunks:
+            here = slice(chunk.start, chunk.start + chunk.num_queries)
+            _reference_chunk(query[here], call, chunk, cache, out[here])
+        return
     from engine.triton_prefill import prefill_kernel
 
     num_heads = query.shape[1]
     item = ops._power(max(span.key_dim, span.value_dim)) * query.element_size()
-    queries = 64 if item <= 512 else 32
-    prefill_kernel[(-(-chunk.num_queries // queries), num_heads)](
+    prefill_kernel[(num_heads, tensors.work.shape[0])](
         query,
         cache.elements,
         out,
-        chunk.table,
+        tensors.work,
+        tensors.chunks,
+        tensors.singles.tables,
         out if call.sinks is None else call.sinks,
-        chunk.num_queries,
-        chunk.kv_len,
         query.stride(0),
         query.stride(1),
         span.first,
@@ -181,7 +187,7 @@ def attend_chunk(
         VALUE_DIM=span.value_dim,
         VALUE_BLOCK=ops._power(span.value_dim),
         BLOCK_SIZE=cache.layout.block_size,
-        QUERIES=queries,
+        QUERIES=workspace.queries,
         BLOCK=64 if item <= 256 else 32,
         HAS_WINDOW=call.window > 0,
         HAS_CAP=bool(call.softcap),
@@ -190,7 +196,20 @@ def attend_chunk(
         num_warps=4 if item <= 256 else 8,
         num_stages=2,
     )
-    return out
+
+
+def attend_flash(
+    query: torch.Tensor,  # [num_queries, num_heads, dim]
+    key: torch.Tensor,  # [num_queries, num_kv_heads, dim]: the chunk's own
+    value: torch.Tensor,
+    call: Call,
+    chunk: Chunk,
+    cache: KVCache,
+) -> torch.Tensor:
+    """One chunk through torch's kernels, [num_queries, num_heads, dim]."""
+    if chunk.kv_len > chunk.num_queries:
+        key, value = gather(chunk, call.layer, cache)
+    return _flash(query, key, value, call)
 
 
 def gather(chunk: Chunk, layer: int, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +218,7 @@ def gather(chunk: Chunk, layer: int, cache: KVCache) -> tuple[torch.Tensor, torc
     return key[0, :, : chunk.kv_len].transpose(0, 1), value[0, :, : chunk.kv_len].transpose(0, 1)
 
 
-def _flash_takes(query: torch.Tensor, call: Call, cache: KVCache) -> bool:
+def flash_takes(query: torch.Tensor, call: Call, cache: KVCache) -> bool:
     span = cache.spans[call.layer]
     return (
         query.is_cuda

@@ -7,12 +7,12 @@ import torch
 from engine import ops
 from engine.inputs import StepTensors
 from engine.kv_cache import KVCache
-from engine.paged_attention import Call, Chunk, Workspace, attend_chunk, attend_singles
+from engine.paged_attention import Call, Chunk, Workspace, attend_chunks, attend_flash, attend_singles, flash_takes
 from engine.sequence import Row
 
 
 class PagedBatch:
-    """`num_singles` rows of one token come first, then `chunks`. In a captured graph `rows` is empty."""
+    """Rows of one token come first, then `chunks`. A captured graph knows neither `rows` nor `chunks`: they change."""
 
     def __init__(
         self,
@@ -21,14 +21,14 @@ class PagedBatch:
         positions: torch.Tensor,  # int64 [1, num_tokens]
         last: torch.Tensor,  # int64 [num_rows]
         num_singles: int,
-        chunks: Sequence[Chunk],
+        chunks: Sequence[Chunk],  # empty in a captured graph
         cache: KVCache,
         workspace: Workspace,
         rows: Sequence[Row] = (),
         on_layer: Callable[[int], None] = lambda layer: None,
     ):
         self.tensors, self.num_singles, self.chunks = tensors, num_singles, chunks
-        self.is_decode = not chunks  # each token is its row's last
+        self.is_decode = not len(tensors.chunks)  # each token is its row's last
         self.input_ids, self.positions, self.last = input_ids, positions, last
         self.cache, self.workspace, self.rows, self.on_layer = cache, workspace, rows, on_layer
 
@@ -51,14 +51,19 @@ class PagedBatch:
     def attend_written(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call) -> torch.Tensor:
         """For K and V that are in the cache: all [num_tokens, heads, dim], the last dimension contiguous."""
         self.on_layer(call.layer)
-        singles, space = self.tensors.singles, self.workspace
-        if not self.chunks:
-            return attend_singles(query, call, singles, self.cache, space)
-        parts = []
+        tensors, cache, space = self.tensors, self.cache, self.workspace
+        if self.is_decode:
+            return attend_singles(query, call, tensors.singles, cache, space)
+        use_flash = self.chunks and flash_takes(query, call, cache)
+        if use_flash and not self.num_singles and len(self.chunks) == 1:
+            return attend_flash(query, key, value, call, self.chunks[0], cache)
+        out = query.new_empty(*query.shape[:2], cache.spans[call.layer].value_dim)
         if self.num_singles:
-            # the rows behind have no tiles, so the kernel needs not know of them
-            parts.append(attend_singles(query[: self.num_singles], call, singles, self.cache, space))
+            attend_singles(query, call, tensors.singles, cache, space, out)
+        if not use_flash:
+            attend_chunks(query, call, tensors, self.chunks, cache, space, out)
+            return out
         for chunk in self.chunks:
             here = slice(chunk.start, chunk.start + chunk.num_queries)
-            parts.append(attend_chunk(query[here], key[here], value[here], call, chunk, self.cache))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            out[here] = attend_flash(query[here], key[here], value[here], call, chunk, cache)
+        return out

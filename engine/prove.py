@@ -79,12 +79,13 @@ def _batch(cache: KVCache, start: int, stop: int, model: Any) -> PagedBatch:
     """One row of tokens [start, stop) over the cache's blocks in reverse."""
     device = cache.slab.device
     windows = [span.window for span in cache.layout.layers]
-    inputs = Inputs(device, LENGTH, 1, cache.num_blocks, windows)
+    workspace = Workspace(cache, 1, num_query_heads(model))
+    inputs = Inputs(device, LENGTH, 1, cache.num_blocks, windows, workspace.tile, workspace.queries)
     ids = [(7 * i + 1) % model.info.vocab_size for i in range(LENGTH)]
     row = Row(_sequence(ids, list(reversed(range(cache.num_blocks)))), start, stop - start)
-    workspace = Workspace(cache, 1, num_query_heads(model))
-    chunks = inputs.fill([row], row.num_tokens, 1, {}, 16, workspace.tile)
-    tensors = inputs.views(row.num_tokens, 1)
+    num_chunks = int(row.num_tokens > 1)
+    chunks = inputs.fill([row], row.num_tokens, 1, num_chunks, {}, 16)
+    tensors = inputs.views(row.num_tokens, 1, num_chunks)
     return PagedBatch(
         tensors,
         tensors.ids.long()[None],

@@ -17,7 +17,7 @@ from engine.model import Model, load
 from engine.prove import fuse_model
 from engine.sampler import sample
 from engine.sequence import Plan, Row, RowResult
-from engine.steps import Flight, Steps, bucket_sizes
+from engine.steps import Flight, Steps
 from engine.verify import UnsupportedModel
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class Runner:
     @torch.inference_mode()
     def _capture(self, config: EngineConfig, steps: Steps) -> None:
         try:
-            steps.capture(bucket_sizes(steps.max_rows))
+            steps.capture()
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"gpu_memory_utilization: {config.gpu_memory_utilization} leaves no memory for CUDA graphs; lower it, "
@@ -164,6 +164,7 @@ class Runner:
                 raise ValueError(f"kv_cache_gib: {config.kv_cache_gib!r} is less than one block of {block_bytes} bytes")
             return num_blocks
         needed = self._warm_up(config, paged)
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         room = free - needed - int(total * (1 - config.gpu_memory_utilization))
         if room < block_bytes:
@@ -198,9 +199,7 @@ class Runner:
             needed += steps.num_bytes
             if config.cuda_graphs:
                 needed += peak([dummy_row(1, 1) for _ in range(steps.max_rows)])
-                needed += GRAPH_BYTES * len(bucket_sizes(steps.max_rows))
-        del steps, cache
-        torch.cuda.empty_cache()
+                needed += GRAPH_BYTES * len(steps.bucket_shapes())
         return needed
 
 

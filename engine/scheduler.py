@@ -7,7 +7,7 @@ is left the lowest-priority, youngest sequence gives up its own and is recompute
 Reservations, pinned prompts and admitted sink prompts are never preempted: they end by adopt, release or abort.
 
 Plans may be launched ahead: schedule() again before update() of the plan before. A sequence whose next token only the
-device knows is then planned on, unless it ends for its length there; an EOS is known one step late, and the row that was
+device knows is then planned on, unless it ends for its length there; an EOS is known one step late, and the row
 launched beyond it is dropped. Nobody is preempted while a plan is in flight, and what ends then keeps its blocks until
 the last plan of that moment is taken in, for its row may still write there.
 """

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.device_sampler import Draws, Drawn, Picker
+from engine.device_sampler import Drawn, Draws, Picker
 from engine.inputs import Inputs, StepTensors
 from engine.kv_cache import KVCache
 from engine.model import Model
-from engine.paged_attention import Workspace
+from engine.paged_attention import Chunk, Workspace
 from engine.paged_batch import PagedBatch
 from engine.prove import num_query_heads
 from engine.sequence import Plan, Row, RowResult
@@ -59,29 +59,30 @@ class Steps:
 
     def __init__(self, model: Model, cache: KVCache, max_tokens: int, max_rows: int, max_table: int):
         device = cache.slab.device
-        self.model, self.cache, self.max_rows = model, cache, max_rows
-        self.inputs = Inputs(device, max_tokens, max_rows, max_table, [layer.window for layer in model.layers])
-        self.workspace = Workspace(cache, max_rows, num_query_heads(model))
+        self.model, self.cache, self.max_rows, self.max_tokens = model, cache, max_rows, max_tokens
+        self.workspace = space = Workspace(cache, max_rows, num_query_heads(model))
+        windows = [layer.window for layer in model.layers]
+        self.inputs = Inputs(device, max_tokens, max_rows, max_table, windows, space.tile, space.queries)
         self.picker = Picker(max_rows, model.info.vocab_size, device)
-        self.graphs: dict[int, _Graph] = {}
+        self.graphs: dict[tuple[int, int, int], _Graph] = {}  # by numbers of tokens, rows and chunks
         self.num_bytes = self.inputs.num_bytes + self.workspace.num_bytes
         self._previous: dict[int, int] = {}  # id(sequence) -> its row in the step launched last
 
-    def launch(self, plan: Plan, on_layer: Callable[[int], None] | None = None) -> Flight:
-        """`on_layer(i)` is called when layer i has been launched; not for steps without a chunk of a prompt."""
+    def launch(self, plan: Plan, on_layer: Callable[[int], None] = lambda layer: None) -> Flight:
+        """`on_layer(i)` is called when layer i has been launched; by a replayed graph only for the last one."""
         rows = [row for row in plan.rows if row.num_tokens == 1] + [row for row in plan.rows if row.num_tokens > 1]
-        graph = self._graph(rows)
-        num_tokens = sum(row.num_tokens for row in rows) if graph is None else graph.size
-        num_rows = len(rows) if graph is None else graph.size
-        chunks = self.inputs.fill(
-            rows, num_tokens, num_rows, self._previous, self.cache.layout.block_size, self.workspace.tile
-        )
+        num_tokens = sum(row.num_tokens for row in rows)
+        num_chunks = sum(row.num_tokens > 1 for row in rows)
+        shape = (num_tokens, len(rows), num_chunks)
+        graph = self._graph(*shape)
+        shape = shape if graph is None else graph.shape
+        chunks = self.inputs.fill(rows, *shape, self._previous, self.cache.layout.block_size)
         if graph is not None:
             graph.replay()
+            on_layer(self.model.info.num_layers - 1)
             logits, batch = graph.logits, graph.batch
         else:
-            tensors = self.inputs.views(num_tokens, num_rows)
-            batch = self._batch(tensors, len(rows) - len(chunks), chunks, rows, on_layer)
+            batch = self._batch(self.inputs.views(*shape), len(rows) - num_chunks, chunks, rows, on_layer)
             logits = self._compute(batch)
         drawn = None
         draws = Draws(rows, self.model.info.vocab_size, self.model.info.eos_token_ids, self.cache.slab.device)
@@ -90,24 +91,41 @@ class Steps:
         self._previous = {id(row.sequence): i for i, row in enumerate(rows)}
         return Flight(rows, _to_host(self.picker.tokens[: len(rows)]), drawn)
 
-    def capture(self, sizes: Sequence[int]) -> None:
-        """One graph per batch size, the largest first: the others then fit into its memory."""
+    def capture(self) -> None:
+        """A graph for each bucket, the largest first: the others then fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
-        for size in sorted(sizes, reverse=True):
-            self.graphs[size] = _Graph(self, size, pool)
+        for shape in self.bucket_shapes():
+            self.graphs[shape] = _Graph(self, shape, pool)
 
-    def _graph(self, rows: Sequence[Row]) -> "_Graph | None":
-        if not self.graphs or rows[-1].num_tokens > 1:
-            return None
-        sizes = [size for size in self.graphs if size >= len(rows)]
-        return self.graphs[min(sizes)] if sizes else None
+    def bucket_shapes(self) -> list[tuple[int, int, int]]:
+        """Of decode steps, and of steps with small chunks, whose kernels end before the host could launch the next."""
+        most = self.max_rows
+        decodes = [(size, size, 0) for size in [*[size for size in DECODE_BUCKETS if size < most], most]]
+        mixed = [(size, min(most, size), min(MAX_CHUNKS, most)) for size in MIXED_BUCKETS if size <= self.max_tokens]
+        return [*reversed(mixed), *reversed(decodes)]
 
-    def _batch(self, tensors: StepTensors, num_singles: int, chunks, rows, on_layer=None) -> PagedBatch:
+    def _graph(self, num_tokens: int, num_rows: int, num_chunks: int) -> "_Graph | None":
+        fitting = [
+            shape
+            for shape in self.graphs
+            if shape[0] >= num_tokens
+            and shape[1] >= num_rows
+            and (num_chunks <= shape[2] if num_chunks else not shape[2])
+        ]
+        return self.graphs[min(fitting)] if fitting else None
+
+    def _batch(
+        self,
+        tensors: StepTensors,
+        num_singles: int,
+        chunks: Sequence[Chunk],
+        rows: Sequence[Row] = (),
+        on_layer: Callable[[int], None] = lambda layer: None,
+    ) -> PagedBatch:
         """Device work: ids that only the device knows are put in their places."""
         known = tensors.ids.long()
         late = self.picker.tokens[tensors.sources.clamp(min=0).long()]
         ids = torch.where(tensors.sources >= 0, late.clamp(min=0), known)
-        extra = {} if on_layer is None else {"on_layer": on_layer}
         return PagedBatch(
             tensors,
             ids[None],
@@ -118,7 +136,7 @@ class Steps:
             self.cache,
             self.workspace,
             rows,
-            **extra,
+            on_layer,
         )
 
     def _compute(self, batch: PagedBatch) -> torch.Tensor:
@@ -129,16 +147,17 @@ class Steps:
 
 
 class _Graph:
-    """A captured decode step for up to `size` rows. Its tensors stay where they are."""
+    """A captured step for up to so many tokens, rows and chunks. Its tensors stay where they are."""
 
-    def __init__(self, steps: Steps, size: int, pool):
-        self.size = size
-        tensors = steps.inputs.views(size, size)
+    def __init__(self, steps: Steps, shape: tuple[int, int, int], pool):
+        self.shape = shape
+        tensors = steps.inputs.views(*shape)
 
         def run() -> tuple[PagedBatch, torch.Tensor]:
-            batch = steps._batch(tensors, size, [], ())
+            batch = steps._batch(tensors, shape[1], ())
             return batch, steps._compute(batch)
 
+        steps.inputs.fill([], *shape, {}, steps.cache.layout.block_size)
         run()  # compiles kernels, fills caches
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
@@ -149,10 +168,10 @@ class _Graph:
         self._graph.replay()
 
 
-def bucket_sizes(most: int) -> list[int]:
-    """Batch sizes to capture: close together where padding costs most."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 1025, 64)]
-    return [*[size for size in sizes if size < most], most]
+# Batch sizes close together where padding costs most; tokens of a step with chunks in steps of a matmul's tile.
+DECODE_BUCKETS = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 1025, 64)]
+MIXED_BUCKETS = [*range(64, 641, 64), 768, 896, 1024]
+MAX_CHUNKS = 16  # rows of several tokens in one of those
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Paged attention for one row of many queries, over its cached prefix and its own chunk alike.
+"""Paged attention for rows of many queries, over their cached prefixes and their own chunks alike, in one launch.
 
-For what torch's flash attention does not take: soft caps, sinks, float32, K and V of different widths, wide heads.
+What it computes stands in device memory, so a captured graph serves any mix of chunks; and it takes what torch's flash
+attention does not: soft caps, sinks, float32, K and V of different widths, wide heads.
 """
 
 import triton
@@ -9,15 +10,15 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["num_queries", "kv_len"])
+@triton.jit
 def prefill_kernel(
-    query,  # [num_queries, num_heads, key_dim], any strides but the last
+    query,  # [num_tokens, num_heads, key_dim], any strides but the last
     cache,  # the slab, as elements
-    out,  # [num_queries, num_heads, value_dim]
-    table,  # int32, the row's block ids
+    out,  # [num_tokens, num_heads, value_dim]
+    work,  # int32 [num_programs, 2]: chunk, and which of its tiles of queries; -1: nothing to do
+    chunks,  # int32 [num_chunks, 4]: first token in the step, queries, tokens in all (they are the last), table's start
+    tables,  # int32, all rows' block ids one after the other
     sinks,
-    num_queries,
-    kv_len,  # the queries are the last of these tokens
     query_row,
     query_head,
     first,  # of this layer's K inside a block, in elements
@@ -39,9 +40,15 @@ def prefill_kernel(
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # the longest rows of the causal triangle first
-    part = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    chunk = tl.load(work + 2 * tl.program_id(1))
+    if chunk < 0:
+        return
+    part = tl.load(work + 2 * tl.program_id(1) + 1)
+    token_start = tl.load(chunks + 4 * chunk).to(tl.int64)
+    num_queries = tl.load(chunks + 4 * chunk + 1)
+    kv_len = tl.load(chunks + 4 * chunk + 2)
+    table = tables + tl.load(chunks + 4 * chunk + 3)
     kv_head = (head // GROUP).to(tl.int64)
     m = part * QUERIES + tl.arange(0, QUERIES)
     n = tl.arange(0, BLOCK)
@@ -49,7 +56,7 @@ def prefill_kernel(
     dv = tl.arange(0, VALUE_BLOCK)
     position = kv_len - num_queries + m
     q = tl.load(
-        query + m[:, None].to(tl.int64) * query_row + head * query_head + dk[None, :],
+        query + (token_start + m[:, None]) * query_row + head * query_head + dk[None, :],
         mask=(m[:, None] < num_queries) & (dk[None, :] < KEY_DIM),
         other=0.0,
     )
@@ -93,5 +100,5 @@ def prefill_kernel(
         total_sum = total_sum * shrink + tl.exp2(sink - highest)
         acc = acc * shrink[:, None]
     result = acc / total_sum[:, None]
-    at = (m[:, None].to(tl.int64) * num_kv_heads * GROUP + head) * VALUE_DIM + dv[None, :]
+    at = ((token_start + m[:, None]) * num_kv_heads * GROUP + head) * VALUE_DIM + dv[None, :]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=(m[:, None] < num_queries) & (dv[None, :] < VALUE_DIM))

@@ -114,8 +114,10 @@ def truncate_kernel(
     threshold = _order(floor)
     if top_k > 0:
         found = tl.full([], 0, tl.uint32)
-        for i in range(32):
-            candidate = found | (tl.full([], 1, tl.uint32) << (31 - i).to(tl.uint32))
+        bit = tl.full([], 0x80000000, tl.uint32)
+        for _ in range(32):
+            candidate = found | bit
+            bit = bit >> 1
             count = tl.zeros([BLOCK], tl.int32)
             for start in range(0, vocab_size, BLOCK):
                 inside = start + lane < vocab_size
@@ -131,8 +133,10 @@ def truncate_kernel(
             total += tl.where(_order(score) >= threshold, tl.exp(score - maximum), 0.0)
         wanted = tl.sum(total, 0) * top_p
         found = tl.full([], 0, tl.uint32)
-        for i in range(32):
-            candidate = found | (tl.full([], 1, tl.uint32) << (31 - i).to(tl.uint32))
+        bit = tl.full([], 0x80000000, tl.uint32)
+        for _ in range(32):
+            candidate = found | bit
+            bit = bit >> 1
             mass = tl.zeros([BLOCK], tl.float32)
             for start in range(0, vocab_size, BLOCK):
                 score = tl.load(base + start + lane, mask=start + lane < vocab_size, other=float("-inf"))

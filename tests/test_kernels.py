@@ -7,18 +7,22 @@ CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", reason="needs Triton")
 
 from engine import ops  # noqa: E402
+from engine.device_sampler import Picker  # noqa: E402
+from engine.inputs import Inputs  # noqa: E402
 from engine.kv_cache import KVCache  # noqa: E402
 from engine.kv_layout import KVLayout, LayerShape  # noqa: E402
 from engine.paged_attention import (  # noqa: E402
     Call,
-    Chunk,
     Singles,
     Workspace,
-    attend_chunk,
+    attend_chunks,
     attend_singles,
     count_tiles,
 )
-from engine.sampler import choose, gumbel, row_key, truncate, uniform_bits  # noqa: E402
+from engine.request import SamplingParams  # noqa: E402
+from engine.sampler import row_key, truncate  # noqa: E402
+from engine.sequence import Row  # noqa: E402
+from engine.verify import _sequence as sequence  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if CUDA else [torch.float32]
@@ -219,15 +223,59 @@ def test_attend_singles(dtype: torch.dtype, options: str, shape: str, block_size
 @pytest.mark.parametrize("options", CALLS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("kv_len", "num_queries"), [(40, 40), (130, 37), (100, 2)])
-def test_attend_chunk(dtype: torch.dtype, options: str, shape: str, kv_len: int, num_queries: int) -> None:
-    heads, _, key_dim, _ = SHAPES[shape]
+def test_attend_chunks(dtype: torch.dtype, options: str, shape: str, kv_len: int, num_queries: int) -> None:
+    heads, _, key_dim, value_dim = SHAPES[shape]
     cache = filled_cache(shape, 16, 12, dtype)
     table = torch.randperm(12)[: -(-kv_len // 16)].to(torch.int32)
     query = torch.randn(num_queries, heads, key_dim).to(dtype)
 
     def run(device: torch.device):
-        chunk = Chunk(0, num_queries, kv_len, table.to(device))
+        here = moved(cache, device)
+        space = Workspace(here, 1, heads)
+        inputs = Inputs(device, 128, 1, 12, [CALLS[options].get("window", 0)], space.tile, space.queries)
+        row = Row(sequence([0] * kv_len, table.tolist()), kv_len - num_queries, num_queries)
+        chunks = inputs.fill([row], num_queries + 9, 1, 3, {}, 16)  # padded, as for a graph
+        out = torch.zeros(num_queries, heads, value_dim, dtype=dtype, device=device)
         call = make_call(heads, key_dim, CALLS[options], device)
-        return attend_chunk(query.to(device), None, None, call, chunk, moved(cache, device))
+        attend_chunks(query.to(device), call, inputs.views(num_queries + 9, 1, 3), chunks, here, space, out)
+        return out
 
     close(*both(run), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [100, 9001])
+def test_pick(dtype: torch.dtype, vocab: int) -> None:
+    logits = torch.randn(5, vocab).to(dtype) * 2
+    logits[3, vocab // 2] = torch.nan
+    logits[4, vocab - 1] = -torch.inf
+    logits[0, 7] = logits[0, 3] = 50.0  # of equals the first
+    keys = [row_key(seed, 1, 17 * seed) for seed in range(5)]
+    halves = torch.tensor([[k % 2**32 for k in keys], [k >> 32 for k in keys]]).to(torch.int32)
+    temperatures = torch.tensor([0.0, 0.7, 1.5, 1.0, 0.0])
+
+    def run(device: torch.device):
+        picker = Picker(8, vocab, device)
+        out = torch.full((5,), 77, device=device)
+        picker.pick(logits.to(device), halves.to(device), temperatures.to(device), out)
+        return out.cpu()
+
+    ours, theirs = both(run)
+    assert torch.equal(ours, theirs) and ours[0] == 3 and ours[3] == ours[4] == -1
+
+
+def test_truncate() -> None:
+    kinds = [dict(top_k=5), dict(top_p=0.8), dict(min_p=0.1), dict(top_k=50, top_p=0.5, min_p=0.01), dict()]
+    kinds += [dict(top_k=3000), dict(top_p=1e-6), dict(top_k=1)]
+    scores = torch.randn(len(kinds), 5000 if CUDA else 700) * 3
+    expected = scores.clone()
+    params = [SamplingParams(**kind) for kind in kinds]
+    truncate(expected, params)
+    from engine.triton_sample import truncate_kernel
+
+    ours = scores.to(DEVICE)
+    columns = [[p.min_p for p in params], [p.top_k for p in params], [p.top_p for p in params]]
+    types = (torch.float32, torch.int32, torch.float32)
+    sent = [torch.tensor(c, dtype=t, device=DEVICE) for c, t in zip(columns, types, strict=True)]
+    truncate_kernel[(len(kinds),)](ours, *sent, scores.shape[1], BLOCK=256)
+    assert torch.equal(ours.cpu(), expected)
