@@ -74,6 +74,9 @@ def load(config: EngineConfig, device: torch.device, verify: bool | None = None)
     if not (path / "config.json").is_file():
         raise ValueError(f"model: {config.model!r} is not a directory with a config.json")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # else CUDA float32 is not CPU's
+    if device.type == "cuda":
+        # at 32 to 128 rows its choice for the widest product (14336 to 4096) takes 45 us, the default's 53
+        torch.backends.cuda.preferred_blas_library("cublaslt")
     hf_config = AutoConfig.from_pretrained(path)
     text = hf_config.get_text_config()
     max_model_len = refuse_by_config(hf_config, config.max_model_len)

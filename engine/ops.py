@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from engine.kv_cache import KVCache
 
 force_triton = False  # tests: run the kernels on CPU tensors, in Triton's interpreter
+force_reference = False  # the definitions on CUDA too: what a fused layer is proven with
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,35 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, layer: int,
     )
 
 
+def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Attention to more keys, into `out`: all [num_rows, num_heads, dim], heads and dim contiguous; lse float32
+    [num_heads, >= num_rows], the logarithm of each row's sum of weights."""
+    num_rows, num_heads, dim = out.shape
+    if not _triton(out):
+        a, b = lse[:, :num_rows].T[..., None], other_lse[:, :num_rows].T[..., None]
+        both = torch.logaddexp(a, b)
+        out.copy_(out.float() * (a - both).exp() + other.float() * (b - both).exp())
+        lse[:, :num_rows] = both[..., 0].T
+        return
+    from engine.triton_layer import merge_kernel
+
+    merge_kernel[(num_rows, num_heads)](
+        out,
+        lse,
+        other,
+        other_lse,
+        out.stride(0),
+        other.stride(0),
+        lse.stride(0),
+        other_lse.stride(0),
+        DIM=dim,
+        BLOCK=_power(dim),
+        num_warps=1,
+    )
+
+
 def _triton(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda or force_triton
+    return (tensor.is_cuda or force_triton) and not force_reference
 
 
 def _power(n: int) -> int:

@@ -7,8 +7,9 @@ import torch
 from engine import ops
 from engine.inputs import StepTensors
 from engine.kv_cache import KVCache
-from engine.paged_attention import Call, Chunk, Workspace, attend_chunks, attend_flash, attend_singles, flash_takes
+from engine.paged_attention import Call, Chunk, Workspace, attend_chunks, attend_singles
 from engine.sequence import Row
+from engine.torch_prefill import attend_by_torch, torch_takes
 
 
 class PagedBatch:
@@ -54,16 +55,16 @@ class PagedBatch:
         tensors, cache, space = self.tensors, self.cache, self.workspace
         if self.is_decode:
             return attend_singles(query, call, tensors.singles, cache, space)
-        use_flash = self.chunks and flash_takes(query, call, cache)
-        if use_flash and not self.num_singles and len(self.chunks) == 1:
-            return attend_flash(query, key, value, call, self.chunks[0], cache)
+        by_torch = self.chunks and torch_takes(query, call, cache)
+        if by_torch and not self.num_singles and len(self.chunks) == 1:
+            return attend_by_torch(query, key, value, call, self.chunks[0], cache)
         out = query.new_empty(*query.shape[:2], cache.spans[call.layer].value_dim)
         if self.num_singles:
             attend_singles(query, call, tensors.singles, cache, space, out)
-        if not use_flash:
+        if not by_torch:
             attend_chunks(query, call, tensors, self.chunks, cache, space, out)
             return out
         for chunk in self.chunks:
             here = slice(chunk.start, chunk.start + chunk.num_queries)
-            out[here] = attend_flash(query[here], key[here], value[here], call, chunk, cache)
+            out[here] = attend_by_torch(query[here], key[here], value[here], call, chunk, cache)
         return out

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from engine import ops
 from engine.fuse import FuseReport, fuse
 from engine.inputs import Inputs
 from engine.kv_cache import KVCache
@@ -19,7 +20,7 @@ PARTS = ((0, 20), (20, 38), (38, 39), (39, 40))
 
 def fuse_model(model: Any, device: torch.device) -> FuseReport:
     with torch.inference_mode():
-        return fuse(model, lambda: _record(model, device), lambda *args: _error(model, device, *args))
+        return fuse(model, lambda: _record(model, device), lambda *args: _errors(model, device, *args))
 
 
 def _record(model: Any, device: torch.device) -> tuple[dict[int, Call], dict[int, dict]]:
@@ -50,25 +51,31 @@ def _record(model: Any, device: torch.device) -> tuple[dict[int, Call], dict[int
     return calls, inputs
 
 
-def _error(model: Any, device: torch.device, original, fused, call: Call, kwargs: dict) -> float:
-    """The largest difference, relative to the largest change that the layer makes to its input."""
-    cos, sin = (x.float() for x in kwargs["position_embeddings"])
-    fused.call = call
+def _errors(model: Any, device: torch.device, original, fused, real, call: Call, kwargs: dict) -> tuple[float, float]:
+    """Of the float32 copy by definitions in torch, and of the layer as it will run; each the largest difference from
+    the original in float32, relative to the largest change that the layer makes to its input.
+    """
+    own = getattr(torch, model.info.dtype)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, LENGTH, original.input_layernorm.weight.shape[0], generator=generator).to(device)
     answers = []
-    for layer in (original, fused):
-        cache = KVCache(_layout(model, model.layers, "float32"), 4, device)
+    for layer, dtype in ((original, torch.float32), (fused, torch.float32), (real, own)):
+        cos, sin = (x.to(dtype) for x in kwargs["position_embeddings"])
+        cache = KVCache(_layout(model, model.layers, str(dtype).removeprefix("torch.")), 4, device)
         parts = []
-        for start, stop in PARTS:
-            given = dict(kwargs, position_embeddings=(cos[:, start:stop].contiguous(), sin[:, start:stop].contiguous()))
-            batch = _batch(cache, start, stop, model)
-            given["position_ids"] = batch.positions
-            x = hidden[:, start:stop].clone()
-            parts.append(layer(x, pdserve_batch=batch, **given))
+        ops.force_reference = layer is not real
+        try:
+            for start, stop in PARTS:
+                angles = (cos[:, start:stop].contiguous(), sin[:, start:stop].contiguous())
+                batch = _batch(cache, start, stop, model)
+                given = dict(kwargs, position_embeddings=angles, position_ids=batch.positions)
+                x = hidden[:, start:stop].to(dtype, copy=True)
+                parts.append(layer(x, pdserve_batch=batch, **given).float())
+        finally:
+            ops.force_reference = False
         answers.append(torch.cat(parts, 1))
     change = (answers[0] - hidden).abs().max()
-    return ((answers[0] - answers[1]).abs().max() / change).item()
+    return tuple(((answer - answers[0]).abs().max() / change).item() for answer in answers[1:])  # type: ignore
 
 
 def _layout(model: Any, layers: list, dtype: str) -> KVLayout:

@@ -152,3 +152,30 @@ def write_kernel(
         v = tl.load(value + token * value_token + head * value_head + d, mask=d < VALUE_DIM)
         base += num_kv_heads * BLOCK_SIZE * KEY_DIM
         tl.store(cache + base + (head * BLOCK_SIZE + offset) * VALUE_DIM + d, v, mask=d < VALUE_DIM)
+
+
+@triton.jit
+def merge_kernel(
+    out,  # [num_rows, num_heads, dim], updated in place
+    lse,  # float32 [num_heads, >= num_rows], updated in place
+    other,  # [num_rows, num_heads, dim]: the same queries' attention to other keys
+    other_lse,
+    out_row,
+    other_row,
+    lse_head,
+    other_lse_head,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    a = tl.load(lse + head * lse_head + row)
+    b = tl.load(other_lse + head * other_lse_head + row)
+    highest = tl.maximum(a, b)
+    wa, wb = tl.exp(a - highest), tl.exp(b - highest)
+    x = tl.load(out + row * out_row + head * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+    y = tl.load(other + row * other_row + head * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+    merged = (x * wa + y * wb) / (wa + wb)
+    tl.store(out + row * out_row + head * DIM + d, merged.to(out.dtype.element_ty), mask=d < DIM)
+    tl.store(lse + head * lse_head + row, highest + tl.log(wa + wb))

@@ -279,3 +279,36 @@ def test_truncate() -> None:
     sent = [torch.tensor(c, dtype=t, device=DEVICE) for c, t in zip(columns, types, strict=True)]
     truncate_kernel[(len(kinds),)](ours, *sent, scores.shape[1], BLOCK=256)
     assert torch.equal(ours.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge(dtype: torch.dtype) -> None:
+    a, b = torch.randn(2, 5, 4, 24).to(dtype)
+    lse, other = torch.randn(2, 4, 9) * 3
+
+    def run(device: torch.device):
+        out, sums = a.clone().to(device), lse.clone().to(device)
+        ops.merge(out, sums, b.to(device), other.to(device))
+        return torch.cat([out.float().flatten(), sums[:, :5].flatten()])
+
+    close(*both(run), dtype)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("kv_len", "num_queries", "window"), [(700, 700, 0), (2900, 800, 0), (600, 200, 0), (900, 800, 333)]
+)
+def test_attend_by_torch(kv_len: int, num_queries: int, window: int) -> None:
+    from engine.paged_attention import Chunk, _reference_chunk
+    from engine.torch_prefill import attend_by_torch, gather
+
+    SHAPES["real"] = (32, 8, 128, 128)
+    cache = filled_cache("real", 64, 50, torch.bfloat16)
+    table = torch.randperm(50)[: -(-kv_len // 64)].to(torch.int32)
+    query = torch.randn(num_queries, 32, 128).bfloat16()
+    call = Call(1, 128**-0.5, window)
+    expected = _reference_chunk(query, call, Chunk(0, num_queries, kv_len, table), cache, torch.empty_like(query))
+    here = moved(cache, DEVICE)
+    chunk = Chunk(0, num_queries, kv_len, table.to(DEVICE))
+    key, value = (x[-num_queries:] for x in gather(chunk, 1, here))
+    close(attend_by_torch(query.to(DEVICE), key, value, call, chunk, here), expected, torch.bfloat16)
