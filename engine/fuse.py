@@ -42,6 +42,8 @@ class FuseReport:
         text += ", final norm included" if self.final_norm else ""
         return text + "".join(f"; {why}: layers {layers}" for why, layers in self.reasons.items())
 
+MLP_ROWS = 2048
+
 
 class NotFusable(Exception):
     """Why a layer stays as it is."""
@@ -92,19 +94,29 @@ class FusedLayer:
         if normed is None:
             normed = ops.add_norm(residual, None, self.pre_attention)
         qkv = F.linear(normed, *self.qkv)
+        del normed  # each of these is as large as the residual stream, which bounds the KV pool
         cos, sin = position_embeddings
         ops.rope_write(qkv, cos[0], sin[0], self.head_norms, batch.cache, self.call.layer, batch.tensors.slots)
         heads = qkv.view(qkv.shape[0], -1, self.dim)
         middle, end = self.num_heads, self.num_heads + self.num_kv_heads
         attended = batch.attend_written(heads[:, :middle], heads[:, middle:end], heads[:, end:], self.call)
-        x = F.linear(attended.view(attended.shape[0], -1), self.o.weight, self.o.bias)
+        x = F.linear(attended.reshape(attended.shape[0], -1), self.o.weight, self.o.bias)
+        del qkv, heads, attended
         normed = ops.add_norm(x, residual, self.pre_mlp, self.post_attention)
-        x = F.linear(ops.gated(F.linear(normed, *self.gate_up), self.activation), self.down.weight, self.down.bias)
+        del x
+        x = self._mlp(normed)
         if self.next_norm is not None:
             self.carry.normed = ops.add_norm(x, residual, self.next_norm, self.post_mlp)
         else:
             residual += x if self.post_mlp is None else ops.add_norm(x, None, self.post_mlp)
         return hidden_states
+
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """A slice of a long chunk at a time: its activations are several times as wide as anything else's."""
+        if x.shape[0] <= MLP_ROWS:
+            return F.linear(ops.gated(F.linear(x, *self.gate_up), self.activation), self.down.weight, self.down.bias)
+        return torch.cat([self._mlp(part) for part in x.split(MLP_ROWS)])
 
 
 def fuse(model: Any, record: Callable[[], tuple[dict[int, Call], dict[int, dict]]], verify: Callable) -> FuseReport:

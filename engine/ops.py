@@ -170,7 +170,8 @@ def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: 
         return
     from engine.triton_layer import merge_kernel
 
-    merge_kernel[(num_rows, num_heads)](
+    heads = min(16, _power(num_heads))
+    merge_kernel[(num_rows, -(-num_heads // heads))](
         out,
         lse,
         other,
@@ -179,9 +180,11 @@ def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: 
         other.stride(0),
         lse.stride(0),
         other_lse.stride(0),
+        num_heads,
         DIM=dim,
         BLOCK=_power(dim),
-        num_warps=1,
+        HEADS=heads,
+        num_warps=4,
     )
 
 

@@ -66,7 +66,9 @@ class Runner:
         if self.steps is not None and self.device.type == "cuda" and config.cuda_graphs:
             began = time.monotonic()
             self._capture(config, self.steps)
-            progress(f"{len(self.steps.graphs)} CUDA graphs in {time.monotonic() - began:.1f} s")
+            free = torch.cuda.mem_get_info(self.device)[0] / 2**30
+            took = time.monotonic() - began
+            progress(f"{len(self.steps.graphs)} CUDA graphs in {took:.1f} s, {free:.2f} GiB of the device left free")
 
     @property
     def runs_ahead(self) -> bool:

@@ -17,7 +17,7 @@ from engine.kv_cache import KVCache, Table
 from engine.paged_attention import Call, Chunk
 
 STEP = 512
-MAX_PIECE = 8192
+MAX_PIECE = 32768
 CUDNN_FROM = 384  # queries
 
 

@@ -164,18 +164,22 @@ def merge_kernel(
     other_row,
     lse_head,
     other_lse_head,
+    num_heads,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,  # per program
 ):
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, BLOCK)
-    a = tl.load(lse + head * lse_head + row)
-    b = tl.load(other_lse + head * other_lse_head + row)
+    exists = head < num_heads
+    inside = exists[:, None] & (d[None, :] < DIM)
+    a = tl.load(lse + head * lse_head + row, mask=exists, other=0.0)
+    b = tl.load(other_lse + head * other_lse_head + row, mask=exists, other=0.0)
     highest = tl.maximum(a, b)
     wa, wb = tl.exp(a - highest), tl.exp(b - highest)
-    x = tl.load(out + row * out_row + head * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
-    y = tl.load(other + row * other_row + head * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
-    merged = (x * wa + y * wb) / (wa + wb)
-    tl.store(out + row * out_row + head * DIM + d, merged.to(out.dtype.element_ty), mask=d < DIM)
-    tl.store(lse + head * lse_head + row, highest + tl.log(wa + wb))
+    x = tl.load(out + row * out_row + head[:, None] * DIM + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(other + row * other_row + head[:, None] * DIM + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    merged = (x * wa[:, None] + y * wb[:, None]) / (wa + wb)[:, None]
+    tl.store(out + row * out_row + head[:, None] * DIM + d[None, :], merged.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + head * lse_head + row, highest + tl.log(wa + wb), mask=exists)
