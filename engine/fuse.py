@@ -35,12 +35,14 @@ class FuseReport:
     num_layers: int
     num_fused: int = 0
     final_norm: bool = False
+    whole: bool = False  # what lies around the layers too
     reasons: dict[str, list[int]] = field(default_factory=dict)  # why not -> layers
 
     def __str__(self) -> str:
         text = f"{self.num_fused} of {self.num_layers} layers fused"
-        text += ", final norm included" if self.final_norm else ""
+        text += ", embedding to logits in one go" if self.whole else ", final norm included" if self.final_norm else ""
         return text + "".join(f"; {why}: layers {layers}" for why, layers in self.reasons.items())
+
 
 MLP_ROWS = 2048
 
@@ -111,12 +113,44 @@ class FusedLayer:
             residual += x if self.post_mlp is None else ops.add_norm(x, None, self.post_mlp)
         return hidden_states
 
-
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """A slice of a long chunk at a time: its activations are several times as wide as anything else's."""
+        """A slice of a long chunk at a time, in place: its activations are several times as wide as all others."""
         if x.shape[0] <= MLP_ROWS:
             return F.linear(ops.gated(F.linear(x, *self.gate_up), self.activation), self.down.weight, self.down.bias)
-        return torch.cat([self._mlp(part) for part in x.split(MLP_ROWS)])
+        for part in x.split(MLP_ROWS):
+            hidden = ops.gated(F.linear(part, *self.gate_up), self.activation)
+            torch.mm(hidden, self.down.weight.t(), out=part)
+            if self.down.bias is not None:
+                part += self.down.bias
+        return x
+
+
+class FusedModel:
+    """What lies around the layers, without the outer modules' bookkeeping: that takes as long as several kernels."""
+
+    def __init__(self, module: Any, layers: list[FusedLayer], carry: Carry):
+        body = module.base_model
+        self.embed, self.rotary, self.layers, self.carry = body.embed_tokens, body.rotary_emb, layers, carry
+        self.head = module.get_output_embeddings()
+        self.softcap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
+
+    def __call__(self, batch: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[num_rows, vocab_size], of each row's last token; in `out` if given."""
+        x = self.embed(batch.input_ids)
+        angles = self.rotary(x, batch.positions)
+        for layer in self.layers:
+            x = layer(x, angles, batch)
+        normed = self.carry.take()
+        assert normed is not None, "the last layer prepares the final norm"
+        rows = normed if batch.is_decode else normed[batch.last]
+        logits = F.linear(rows, self.head.weight, self.head.bias) if out is None else out
+        if out is not None:
+            torch.mm(rows, self.head.weight.t(), out=out)
+            if self.head.bias is not None:
+                logits += self.head.bias
+        if self.softcap:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
 
 def fuse(model: Any, record: Callable[[], tuple[dict[int, Call], dict[int, dict]]], verify: Callable) -> FuseReport:
@@ -145,11 +179,13 @@ def fuse(model: Any, record: Callable[[], tuple[dict[int, Call], dict[int, dict]
             fused[i] = FusedLayer(layer, call)
         except NotFusable as why:
             report.reasons.setdefault(str(why), []).append(i)
-    _install(model.module, layers, fused, report)
+    carry = _install(model.module, layers, fused, report)
+    if report.final_norm and report.num_fused == len(layers):
+        model.fused = FusedModel(model.module, [fused[i] for i in range(len(layers))], carry)
     return report
 
 
-def _install(module: nn.Module, layers: list[nn.Module], fused: dict[int, FusedLayer], report: FuseReport) -> None:
+def _install(module: nn.Module, layers: list[nn.Module], fused: dict[int, FusedLayer], report: FuseReport) -> Carry:
     carry = Carry()
     for i, one in fused.items():
         one.carry = carry
@@ -162,7 +198,7 @@ def _install(module: nn.Module, layers: list[nn.Module], fused: dict[int, FusedL
         try:
             norm = _norm(final)
         except NotFusable:
-            return
+            return carry
         fused[len(layers) - 1].next_norm = norm
 
         def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -171,6 +207,7 @@ def _install(module: nn.Module, layers: list[nn.Module], fused: dict[int, FusedL
 
         final.forward = MethodType(forward, final)  # type: ignore[method-assign]
         report.final_norm = True
+    return carry
 
 
 def _verified(layer: nn.Module, call: Call, kwargs: dict, verify: Callable) -> str | None:

@@ -17,6 +17,7 @@ import torch
 from engine import attention
 from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.fuse import FusedModel
 from engine.kv_layout import LayerShape
 from engine.linear import use_onednn
 from engine.paged_batch import PagedBatch
@@ -48,19 +49,23 @@ class Model:
     weights_digest: str
     rope_digest: str
     keeps_logits: bool  # whether forward() takes logits_to_keep
+    fused: "FusedModel | None" = None  # set by fuse(), if it could rebuild everything
 
     def logits(self, batch: "Batch | PagedBatch") -> torch.Tensor:
         """float32 [num_rows, vocab_size]: of each row's last token."""
         return self.raw_logits(batch).float()
 
-    def raw_logits(self, batch: "Batch | PagedBatch") -> torch.Tensor:
-        """The same in the model's own dtype."""
+    def raw_logits(self, batch: "Batch | PagedBatch", out: torch.Tensor | None = None) -> torch.Tensor:
+        """The same in the model's own dtype; in `out` if given."""
+        if self.fused is not None and hasattr(batch, "tensors"):
+            return self.fused(batch, out)
         every = getattr(batch, "is_decode", False)  # then each token is its row's last
         keep = {"logits_to_keep": batch.last} if self.keeps_logits and not every else {}
-        out = self.module(
+        logits = self.module(
             input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, pdserve_batch=batch, **keep
         ).logits[0]
-        return out if self.keeps_logits or every else out[batch.last]
+        logits = logits if self.keeps_logits or every else logits[batch.last]
+        return logits if out is None else out.copy_(logits)
 
 
 def load(config: EngineConfig, device: torch.device, verify: bool | None = None) -> Model:

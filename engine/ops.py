@@ -158,6 +158,26 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, layer: int,
     )
 
 
+def prepare(
+    ids: torch.Tensor, sources: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, positions and last as int64; where a source is given, the id is that row's token of the step before.
+
+    A row that was not finite left -1 there: its request has failed, but the step behind was launched already.
+    """
+    if not _triton(ids):
+        late = tokens[sources.clamp(min=0).long()].clamp(min=0)
+        return torch.where(sources >= 0, late, ids.long()), positions.long(), last.long()
+    from engine.triton_layer import prepare_kernel
+
+    num_tokens, num_rows = ids.shape[0], last.shape[0]
+    out = torch.empty(2 * num_tokens + num_rows, dtype=torch.int64, device=ids.device)
+    outs = out.split([num_tokens, num_tokens, num_rows])
+    grid = (-(-num_tokens // 256),)
+    prepare_kernel[grid](ids, sources, positions, last, tokens, *outs, num_tokens, num_rows, BLOCK=256, num_warps=4)
+    return outs
+
+
 def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
     """Attention to more keys, into `out`: all [num_rows, num_heads, dim], heads and dim contiguous; lse float32
     [num_heads, >= num_rows], the logarithm of each row's sum of weights."""

@@ -1,5 +1,6 @@
 """One model and its KV cache on one device: a plan in, its rows' results out, KV reported as layers are written."""
 
+import gc
 import logging
 import time
 from collections import deque
@@ -61,6 +62,7 @@ class Runner:
         paged = self.device.type == "cuda" if config.paged is None else config.paged
         if paged and config.fuse:
             progress(str(fuse_model(model, self.device)))
+            gc.collect()  # the copies of layers that were compared
         self.cache = KVCache(self.layout, self._num_blocks(config, paged), self.device)
         self.steps = self._steps(config, self.cache) if paged else None
         if self.steps is not None and self.device.type == "cuda" and config.cuda_graphs:
@@ -165,6 +167,7 @@ class Runner:
             if num_blocks < 1:
                 raise ValueError(f"kv_cache_gib: {config.kv_cache_gib!r} is less than one block of {block_bytes} bytes")
             return num_blocks
+        torch.cuda.empty_cache()
         needed = self._warm_up(config, paged)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
@@ -205,7 +208,7 @@ class Runner:
         return needed
 
 
-GRAPH_BYTES = 6 << 20  # what a captured graph of a few hundred kernels takes beside its tensors
+GRAPH_BYTES = 4 << 20  # what a captured graph of a few hundred kernels takes beside its tensors
 
 
 @dataclass(slots=True)

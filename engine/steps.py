@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine import ops
 from engine.device_sampler import Drawn, Draws, Picker
 from engine.inputs import Inputs, StepTensors
 from engine.kv_cache import KVCache
@@ -66,6 +67,11 @@ class Steps:
         self.picker = Picker(max_rows, model.info.vocab_size, device)
         self.graphs: dict[tuple[int, int, int], _Graph] = {}  # by numbers of tokens, rows and chunks
         self.num_bytes = self.inputs.num_bytes + self.workspace.num_bytes
+        # of replayed graphs: if each kept its own, they would take a GiB
+        dtype = cache.elements.dtype
+        num_logits = max_rows * model.info.vocab_size if device.type == "cuda" else 0
+        self.logits = torch.empty(num_logits, dtype=dtype, device=device).view(-1, model.info.vocab_size)
+        self.num_bytes += num_logits * dtype.itemsize
         self._previous: dict[int, int] = {}  # id(sequence) -> its row in the step launched last
 
     def launch(self, plan: Plan, on_layer: Callable[[int], None] = lambda layer: None) -> Flight:
@@ -122,15 +128,14 @@ class Steps:
         rows: Sequence[Row] = (),
         on_layer: Callable[[int], None] = lambda layer: None,
     ) -> PagedBatch:
-        """Device work: ids that only the device knows are put in their places."""
-        known = tensors.ids.long()
-        late = self.picker.tokens[tensors.sources.clamp(min=0).long()]
-        ids = torch.where(tensors.sources >= 0, late.clamp(min=0), known)
+        ids, positions, last = ops.prepare(
+            tensors.ids, tensors.sources, tensors.positions, tensors.last, self.picker.tokens
+        )
         return PagedBatch(
             tensors,
             ids[None],
-            tensors.positions.long()[None],
-            tensors.last.long(),
+            positions[None],
+            last,
             num_singles,
             chunks,
             self.cache,
@@ -139,8 +144,8 @@ class Steps:
             on_layer,
         )
 
-    def _compute(self, batch: PagedBatch) -> torch.Tensor:
-        logits = self.model.raw_logits(batch)
+    def _compute(self, batch: PagedBatch, out: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.model.raw_logits(batch, out)
         tensors = batch.tensors
         self.picker.pick(logits, tensors.keys, tensors.temperatures, self.picker.tokens[: logits.shape[0]])
         return logits
@@ -155,7 +160,7 @@ class _Graph:
 
         def run() -> tuple[PagedBatch, torch.Tensor]:
             batch = steps._batch(tensors, shape[1], ())
-            return batch, steps._compute(batch)
+            return batch, steps._compute(batch, steps.logits[: shape[1]])
 
         steps.inputs.fill([], *shape, {}, steps.cache.layout.block_size)
         run()  # compiles kernels, fills caches

@@ -183,3 +183,27 @@ def merge_kernel(
     merged = (x * wa[:, None] + y * wb[:, None]) / (wa + wb)[:, None]
     tl.store(out + row * out_row + head[:, None] * DIM + d[None, :], merged.to(out.dtype.element_ty), mask=inside)
     tl.store(lse + head * lse_head + row, highest + tl.log(wa + wb), mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def prepare_kernel(
+    ids,  # int32 [num_tokens]
+    sources,  # int32 [num_tokens]: whose token of the step before this is, -1: `ids` has it
+    positions,  # int32 [num_tokens]
+    last,  # int32 [num_rows]
+    tokens,  # int64, of the step before by row
+    out_ids,  # int64 [num_tokens]
+    out_positions,
+    out_last,  # int64 [num_rows]
+    num_tokens,
+    num_rows,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < num_tokens
+    source = tl.load(sources + i, mask=inside, other=-1)
+    known = tl.load(ids + i, mask=inside, other=0).to(tl.int64)
+    late = tl.load(tokens + source, mask=source >= 0, other=0)
+    tl.store(out_ids + i, tl.where(source >= 0, tl.maximum(late, 0), known), mask=inside)
+    tl.store(out_positions + i, tl.load(positions + i, mask=inside, other=0).to(tl.int64), mask=inside)
+    tl.store(out_last + i, tl.load(last + i, mask=i < num_rows, other=0).to(tl.int64), mask=i < num_rows)

@@ -312,3 +312,18 @@ def test_attend_by_torch(kv_len: int, num_queries: int, window: int) -> None:
     chunk = Chunk(0, num_queries, kv_len, table.to(DEVICE))
     key, value = (x[-num_queries:] for x in gather(chunk, 1, here))
     close(attend_by_torch(query.to(DEVICE), key, value, call, chunk, here), expected, torch.bfloat16)
+
+
+def test_prepare() -> None:
+    ids = torch.arange(300, dtype=torch.int32)
+    sources = torch.full_like(ids, -1)
+    sources[[4, 299, 7]] = torch.tensor([2, 0, 1], dtype=torch.int32)
+    tokens = torch.tensor([1000, -1, 2000])
+    positions, last = ids + 5, torch.tensor([3, 299], dtype=torch.int32)
+
+    def run(device: torch.device):
+        found = ops.prepare(*(x.to(device) for x in (ids, sources, positions, last, tokens)))
+        return torch.cat([x.cpu() for x in found])
+
+    ours, theirs = both(run)
+    assert torch.equal(ours, theirs) and ours[4] == 2000 and ours[7] == 0 and ours[299] == 1000
