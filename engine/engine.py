@@ -179,9 +179,9 @@ class Engine:
         """Ends a request in any phase, its reservation included. Idempotent; no events after the current step."""
 
         def end() -> None:
-            self._scheduler.abort(request_id)
-            for owner in [o for o in self._grants if not self._scheduler.is_reserving(o)]:
-                self._grants.pop(owner).cancel()
+            for owner in self._scheduler.abort(request_id):
+                if (waiting := self._grants.pop(owner, None)) is not None:
+                    waiting.cancel()
 
         self._do(end)
 
@@ -238,16 +238,18 @@ class Engine:
         """Schedules and computes one step. False: nothing can run before the inbox brings something."""
         self._apply()
         plan = self._scheduler.schedule()
-        events = list(plan.events)
+        if plan.events:
+            self._emit(plan.events)  # before the step: who hears Started takes the time
         self._tell_sinks(plan)
+        events: list[Event] = []
         if plan.rows:
             try:
                 results = self._runner.execute(plan, self._sinks)
             except Exception as error:  # the requests of this step are lost, the engine is not
                 log.exception("a step of %d rows failed", len(plan.rows))
-                events += self._scheduler.fail(plan, "INTERNAL", f"the step failed: {type(error).__name__}: {error}")
+                events = self._scheduler.fail(plan, "INTERNAL", f"the step failed: {type(error).__name__}: {error}")
             else:
-                events += self._scheduler.update(plan, results)
+                events = self._scheduler.update(plan, results)
             self._apply()
         self._settle()
         if events:
@@ -280,7 +282,7 @@ class Engine:
     def _add(self, request: Request, sink: KVSink | None) -> None:
         if sink is not None:
             self._sinks[request.id] = sink
-        self._scheduler.add(request, sink is not None)
+        self._scheduler.add(request, sink.receiver if sink is not None else None)
 
     def _apply(self) -> None:
         ops, self._scheduler.blocks.memory_ops = self._scheduler.blocks.memory_ops, []
