@@ -117,8 +117,8 @@ class Attempt:
 
     def on_worker_lost(self, client: WorkerClient, why: str) -> None:
         is_prefill = client is self.route.prefill
-        if is_prefill and (self.adopted_at is not None or self._is_over()):
-            return  # the run lives at D now
+        if is_prefill and (self._lives_at_d or self._is_over()):
+            return
         if not is_prefill:
             self._expected = False  # the broken session has already ended it there
         self.fail(_lost(client, is_prefill, why))
@@ -184,7 +184,8 @@ class Attempt:
                     break
                 self.last_news_at = time.monotonic()
                 self._on_prefill_event(worker, event)
-            if self.transferred is None and not self._is_over() and self.adopted_at is None:
+            handed_over = self.transferred is not None and self.first_tokens_at is not None
+            if not (handed_over or self._lives_at_d or self._is_over()):
                 self.fail(_lost(worker, True, "it ended the prefill stream before the KV was handed over"))
         except grpc.aio.AioRpcError as error:
             self._on_prefill_broken(worker, error)
@@ -202,7 +203,7 @@ class Attempt:
             self._on_first_tokens(event.first_tokens)
         elif kind == "transferred":
             self.transferred = event.transferred
-        elif kind == "failed" and self.adopted_at is None:
+        elif kind == "failed" and not self._lives_at_d:
             self._fail_at(worker, event.failed)
 
     def _on_first_tokens(self, first: wpb.FirstTokens) -> None:
@@ -229,7 +230,7 @@ class Attempt:
     def _on_prefill_broken(self, worker: WorkerClient, error: grpc.aio.AioRpcError) -> None:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             worker.suspect(f"a prefill stream broke: {error.details()}")
-        if self.adopted_at is not None or self._is_over():
+        if self._lives_at_d or self._is_over():
             return
         why = f"{error.code().name}: {error.details()}"
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -257,6 +258,11 @@ class Attempt:
         log.exception("a worker's news could not be taken in")
         message = "a bug of the router; its log says more"
         self.fail(AttemptFailed(pb.ERROR_REASON_INTERNAL, message, retryable=False))
+
+    @property
+    def _lives_at_d(self) -> bool:
+        """Whether the run goes on without P: D has its KV, and P has nothing more to say that the client needs."""
+        return self.adopted_at is not None and (self.is_local or self.first_tokens_at is not None)
 
     def _is_over(self) -> bool:
         return all(sequence.is_over for sequence in self._listener.sequences)

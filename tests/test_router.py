@@ -11,7 +11,8 @@ import pytest
 from protos import inference_pb2 as pb
 from protos import worker_pb2 as wpb
 from tests.router_front import Front, routed
-from tests.stub_workers import StubWorker, token
+from tests.stub_tokens import token
+from tests.stub_workers import StubWorker
 
 
 def ask(max_tokens: int = 8, seed: int = 7, n: int = 1, **fields: Any) -> pb.GenerateRequest:

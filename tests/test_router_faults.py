@@ -282,6 +282,23 @@ async def test_a_prefill_worker_lost_after_adoption_changes_nothing(smollm2: Pat
         assert ids_of(messages) == expected(40) and messages[-1].timings.retries == 0
 
 
+@pytest.mark.parametrize("how", ["break", "end", "fail", "silence"])
+async def test_an_adopted_run_without_first_tokens_is_retried(smollm2: Path, how: str) -> None:
+    async with routed(smollm2, prefill=2) as front:
+        bad, decode = front.cluster.workers["p0"], front.cluster.workers["d0"]
+        bad.faults.lose_first_tokens = how
+        front.router.pool.workers["p1"].queued_prompt_tokens += 1_000_000
+        reading = asyncio.create_task(read(front.client.GenerateStream(ask(40), timeout=5)))
+        await front.until(lambda: "adopted" in decode.events())
+        front.router.pool.workers["p1"].queued_prompt_tokens -= 1_000_000
+        if how == "silence":
+            await bad.stop()
+        messages = await reading
+        assert ids_of(messages) == expected(40)
+        assert (messages[-1].timings.retries, messages[-1].timings.prefill_worker) == (1, "p1")
+        assert ("cancel", decode.log[0][1], 0) in decode.log
+
+
 def narrow(front: Front) -> Any:
     """A client whose connection takes little ahead of what is read."""
     options = (
