@@ -34,6 +34,7 @@ Send = Callable[[pb.GenerateStreamResponse], Awaitable[Any]]
 TRANSFER_REPORT_WAIT_S = 0.25  # the last message names the bytes moved; P's report may lag behind D's tokens
 RETRY_DELAYS_S = (0.0, 0.05, 0.25, 1.0)
 MAX_DRAIN_REFUSALS = 16
+MAX_GRANT_DOUBLINGS = 4  # a full deployment is not asked in circles: each round keeps its place in a queue for longer
 
 
 class Pipeline:
@@ -140,6 +141,8 @@ class Pipeline:
             return
         if is_handing_over:
             reason = pb.ERROR_REASON_KV_TRANSFER_FAILED
+        elif prefill is not None and attempt.started_at is None and decode is not None:
+            reason = pb.ERROR_REASON_KV_TRANSFER_FAILED  # either P does not compute it, or D does not take it
         elif prefill is not None and attempt.first_tokens_at is None:
             reason, workers = pb.ERROR_REASON_PREFILL_WORKER_LOST, [prefill]
         else:
@@ -159,23 +162,32 @@ class Pipeline:
         return "decoding" if attempt.adopted_at is not None or attempt.is_local else "transferring"
 
     async def _run(self, send: Send) -> None:
-        failures = refusals = 0
+        failures = refusals = shortages = 0
         avoid: frozenset[str] = frozenset()
+        full: frozenset[str] = frozenset()  # had no pages for the attempt before
         cause: AttemptFailed | None = None
         while True:
             try:
-                await self._start_attempt(avoid, cause)
+                await self._start_attempt(avoid, full, shortages, cause)
                 await self._forward(send)
                 return
             except AttemptFailed as error:
                 self._leave_for_retry()
-                if error.reason == pb.ERROR_REASON_DRAINING and error.retryable and refusals < MAX_DRAIN_REFUSALS:
+                full, cause = frozenset(), error
+                if error.reason == pb.ERROR_REASON_NO_GRANT and error.retryable:
+                    # A matter of load, not a fault: it costs none of the attempts, and only the deadline bounds it.
+                    pause_s = RETRY_DELAYS_S[min(shortages, len(RETRY_DELAYS_S) - 1)]
+                    shortages += 1
+                    full = error.at_fault
+                elif error.reason == pb.ERROR_REASON_DRAINING and error.retryable and refusals < MAX_DRAIN_REFUSALS:
                     refusals += 1
+                    avoid, pause_s = avoid | error.at_fault, 0.01
                 else:
+                    self._give_up_or_continue(error, failures + 1)
+                    pause_s = RETRY_DELAYS_S[min(failures, len(RETRY_DELAYS_S) - 1)]
                     failures += 1
-                    self._give_up_or_continue(error, failures)
-                avoid, cause = avoid | error.at_fault, error
-                await asyncio.sleep(RETRY_DELAYS_S[min(failures, len(RETRY_DELAYS_S)) - 1] if failures else 0.01)
+                    avoid |= error.at_fault
+                await asyncio.sleep(pause_s)
 
     def _give_up_or_continue(self, error: AttemptFailed, failures: int) -> None:
         """Raises what the caller will hear, unless another attempt makes sense."""
@@ -184,7 +196,9 @@ class Pipeline:
         if len(self.sequences) > 1 and any(s.token_ids for s in self.sequences):
             raise error
 
-    async def _start_attempt(self, avoid: frozenset[str], cause: AttemptFailed | None) -> None:
+    async def _start_attempt(
+        self, avoid: frozenset[str], full: frozenset[str], shortages: int, cause: AttemptFailed | None
+    ) -> None:
         """`cause` is the failure of the attempt before, which the caller hears if no worker is left to try."""
         accepted = self.accepted
         committed = self.sequences[0].token_ids if len(self.sequences) == 1 else []
@@ -192,12 +206,13 @@ class Pipeline:
         need = Need(
             key=affinity_key(accepted.session_id, accepted.token_ids, self._config.affinity_tokens),
             num_tokens=len(token_ids),
+            num_total_tokens=len(accepted.token_ids) + accepted.stopping.max_tokens,
             num_sequences=len(self.sequences),
             first_token_only=accepted.stopping.max_tokens - len(committed) == 1,
         )
         wait_s = self._config.start_wait_s if cause is None else self._config.retry_wait_s
         try:
-            route = await self._pool.route(need, avoid, wait_s, wait_for_any=cause is not None)
+            route = await self._pool.route(need, avoid, full, wait_s, wait_for_any=cause is not None)
         except RequestError as error:
             raise cause if cause is not None and error.reason == pb.ERROR_REASON_NO_HEALTHY_WORKER else error from None
         remaining_s = max(0.001, self._deadline - time.monotonic())
@@ -214,7 +229,8 @@ class Pipeline:
             priority=accepted.priority,
             remaining=_duration(remaining_s),
         )
-        self.attempt = Attempt(self, request, route, remaining_s)
+        grant_within_s = self._config.grant_wait_s * 2 ** min(shortages, MAX_GRANT_DOUBLINGS)
+        self.attempt = Attempt(self, request, route, remaining_s, grant_within_s if route.has_other_decode else None)
         self._num_attempts += 1
         self.attempt.start()
 
@@ -337,7 +353,8 @@ class Pipeline:
         if attempt is not None:
             attempt.close()
             self._num_preemptions += attempt.num_preemptions
-            self._transfer_bytes += attempt.transferred.num_bytes if attempt.transferred is not None else 0
+            moved = attempt.transferred
+            self._transfer_bytes += moved.num_bytes if moved is not None else attempt.lost_bytes
 
     def _loop_time(self, monotonic: float) -> float:
         return asyncio.get_running_loop().time() + monotonic - time.monotonic()

@@ -61,14 +61,16 @@ class Pool:
         said = [w.info.model.max_model_len for w in self.workers.values() if w.info is not None]
         return min([n for n in said if n] + [checkpoint])
 
-    async def route(self, need: Need, avoid: frozenset[str], wait_s: float, wait_for_any: bool) -> Route:
+    async def route(
+        self, need: Need, avoid: frozenset[str], full: frozenset[str], wait_s: float, wait_for_any: bool
+    ) -> Route:
         """A route for a run, waiting at most `wait_s` for healthy workers.
 
         Waits only while workers are starting, or with `wait_for_any` for whatever may come. NO_HEALTHY_WORKER then.
         """
         deadline = asyncio.get_running_loop().time() + wait_s
         while True:
-            found = choose(tuple(self.workers.values()), need, self._config, avoid)
+            found = choose(tuple(self.workers.values()), need, self._config, avoid, full)
             if found is not None:
                 return found
             if not wait_for_any and not any(w.may_become_ready for w in self.workers.values()):

@@ -24,7 +24,7 @@ from protos import kv_transfer_pb2 as kpb
 from protos import worker_pb2 as wpb
 from protos import worker_pb2_grpc
 from protos.grpc_options import SERVER_OPTIONS
-from tests.stub_faults import Faults, lose_first_tokens
+from tests.stub_faults import Faults, lose_first_tokens, wait_for_pages
 from tests.stub_tokens import logprob, token
 
 ROLES = {"prefill": wpb.WORKER_ROLE_PREFILL, "decode": wpb.WORKER_ROLE_DECODE, "both": wpb.WORKER_ROLE_BOTH}
@@ -141,7 +141,7 @@ class StubWorker:
             state=self.state,
             num_running=running,
             total_blocks=self.num_blocks,
-            free_blocks=self.num_blocks,
+            free_blocks=0 if self.faults.full and self.faults.tells_load else self.num_blocks,
             num_runs=len(self.runs),
             steps=self.num_steps,
         )
@@ -169,6 +169,9 @@ class StubWorker:
         run, faults = request.request, self.faults
         if faults.stall_prefill:
             await asyncio.Event().wait()
+        target = self.cluster.workers.get(request.target.worker_id)
+        if target is not None and not await wait_for_pages(target.faults, request, context):
+            return
         await context.write(wpb.PrefillEvent(started=wpb.PrefillStarted(cached_tokens=0)))
         if faults.prefill_delay_s:
             await asyncio.sleep(faults.prefill_delay_s)
@@ -188,7 +191,6 @@ class StubWorker:
             await asyncio.Event().wait()
         if faults.transfer_delay_s:
             await asyncio.sleep(faults.transfer_delay_s)
-        target = self.cluster.workers.get(request.target.worker_id)
         if target is None or target.incarnation != request.target.incarnation:
             failed = wpb.Failed(reason=pb.ERROR_REASON_KV_TRANSFER_FAILED, message="no such target", retryable=True)
             await context.write(wpb.PrefillEvent(failed=failed))

@@ -276,7 +276,7 @@ async def test_prompt_that_never_fits(smollm2: Path) -> None:
         long = pb.TokenIds(ids=[5] * 64)
         code, words = await failure(front.client.Generate(ask(token_ids=long), timeout=5))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "needs 5 KV blocks; worker 'd0' has 4" in words
-        await front.client.Generate(ask(token_ids=pb.TokenIds(ids=[5] * 63)), timeout=5)
+        await front.client.Generate(ask(2, token_ids=pb.TokenIds(ids=[5] * 63)), timeout=5)
 
 
 async def test_no_worker_and_starting_worker(smollm2: Path) -> None:
