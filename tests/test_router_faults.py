@@ -299,6 +299,28 @@ async def test_an_adopted_run_without_first_tokens_is_retried(smollm2: Path, how
         assert ("cancel", decode.log[0][1], 0) in decode.log
 
 
+@pytest.mark.parametrize("when", ["starting", "between attempts"])
+async def test_an_abort_without_an_attempt_wins_at_once(smollm2: Path, when: str) -> None:
+    async with routed(smollm2, start_wait_s=20, retry_wait_s=20) as front:
+        decode = front.cluster.workers["d0"]
+        decode.faults.step_s = 0.02
+        if when == "starting":
+            decode.set_state(wpb.WORKER_STATE_STARTING)
+            await front.until(lambda: front.router.pool.num_ready() == (1, 0))
+        reading = asyncio.create_task(read(front.client.GenerateStream(ask(500, request_id="x"), timeout=30)))
+        if when == "between attempts":
+            await front.until(lambda: front.router.admission.phases() == {"decoding": 1})
+            front.router.set_members([])
+        await front.until(lambda: front.router.admission.phases() == {"routing": 1})
+        begun = time.monotonic()
+        assert (await front.client.Abort(pb.AbortRequest(request_ids=["x"]), timeout=5)).aborted == 1
+        messages = await reading
+        assert time.monotonic() - begun < 1.0
+        assert finish_of(messages).finish_reason == pb.FINISH_REASON_ABORTED
+        assert ids_of(messages) == expected(messages[-1].usage.completion_tokens)
+        assert (when == "starting") == (messages[-1].usage.completion_tokens == 0)
+
+
 def narrow(front: Front) -> Any:
     """A client whose connection takes little ahead of what is read."""
     options = (
