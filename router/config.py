@@ -38,8 +38,8 @@ class RouterConfig:
     router_id: str = "router-0"
     limits: Limits = field(default_factory=Limits)
     max_attempts: int = 3  # per request, the first included; refusals of draining or full workers do not count
-    start_wait_s: float = 2.0  # a request waits this long for workers that are starting
-    retry_wait_s: float = 10.0  # a retry waits this long for a healthy worker
+    start_wait_s: float = 15.0  # a request waits this long for workers that are starting or being restarted
+    retry_wait_s: float = 15.0  # a retry waits this long for a healthy worker
     grant_wait_s: float = (
         1.0  # a run waits this long for a decode worker's pages before it tries another; then twice it
     )

@@ -112,10 +112,10 @@ class WorkerClient:
 
     @property
     def may_become_ready(self) -> bool:
-        """Still starting, so that waiting for it makes sense."""
-        if self.member.state == wpb.WORKER_STATE_STARTING or self.connection is Connection.CONNECTING:
-            return True
-        return self.connection is Connection.READY and self.load.state == wpb.WORKER_STATE_STARTING
+        """Waiting for it makes sense: it is starting, or its connection is lost and membership has not given it up."""
+        if self.member.state not in (wpb.WORKER_STATE_STARTING, wpb.WORKER_STATE_READY):
+            return False
+        return self.connection is not Connection.READY or self.load.state == wpb.WORKER_STATE_STARTING
 
     @property
     def ref(self) -> kpb.WorkerRef:

@@ -125,6 +125,9 @@ def test_a_killed_worker_is_replaced(two_nodes: Cluster) -> None:
         assert "died" in after["last_error"]
         peer = workers(deployment.status())["prefill-0"]
         assert peer["report"]["members"]["decode-0"] == after["incarnation"]
+        told = [members.get("decode-0") for members in status["router"]["report"]["history"]]
+        told = told[told.index(worker_pb2.WORKER_STATE_STARTING) :]
+        assert set(told) == {worker_pb2.WORKER_STATE_STARTING, worker_pb2.WORKER_STATE_READY}
 
 
 def test_a_killed_router_comes_back_at_its_address(two_nodes: Cluster) -> None:

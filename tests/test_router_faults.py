@@ -238,12 +238,32 @@ async def test_a_restarted_worker_under_its_old_name(smollm2: Path) -> None:
         old = front.cluster.workers["d0"]
         await front.cluster.restart("d0")
         await front.until(lambda: front.router.pool.num_ready() == (1, 0))
-        code, _ = await failure(front.client.Generate(ask(), timeout=5))
-        assert code is UNAVAILABLE
+        early = front.client.Generate(ask(), timeout=15)  # before anybody has said that the worker is lost
+        await front.until(lambda: front.router.admission.num_in_flight == 2)
+        lost = wpb.Member(worker_id="d0", role=wpb.WORKER_ROLE_DECODE, state=wpb.WORKER_STATE_STARTING)
+        front.router.set_members([front.cluster.workers["p0"].member(), lost])
+        late = front.client.Generate(ask(), timeout=15)
+        await front.until(lambda: front.router.admission.num_in_flight == 3)
+        await asyncio.sleep(0.2)
+        assert front.router.admission.phases() == {"routing": 3}
         front.router.set_members(front.cluster.members())
         messages = await reading
+        for call in (early, late):
+            assert list((await call).outputs[0].token_ids) == expected(8)
         assert ids_of(messages) == expected(40) and messages[-1].timings.retries == 1
         assert old.incarnation != front.cluster.workers["d0"].incarnation
+
+
+async def test_a_request_waits_for_a_restart_no_longer_than_it_should(smollm2: Path) -> None:
+    async with routed(smollm2, start_wait_s=0.3) as front:
+        lost = wpb.Member(worker_id="d0", role=wpb.WORKER_ROLE_DECODE, state=wpb.WORKER_STATE_STARTING)
+        prefill = front.cluster.workers["p0"].member()
+        for members, least_s in (([prefill, lost], 0.3), ([prefill], 0.0)):
+            front.router.set_members(members)
+            begun = time.monotonic()
+            code, words = await failure(front.client.Generate(ask(), timeout=10))
+            assert code is UNAVAILABLE and "no healthy worker" in words
+            assert least_s <= time.monotonic() - begun < least_s + 1.0
 
 
 async def test_another_incarnation_at_the_old_address_is_refused(smollm2: Path) -> None:
