@@ -16,8 +16,8 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from cluster import local_ray
 from cluster.actors import CONTROLLER
-from cluster.config import DeploymentConfig, namespace
-from cluster.controller import Controller
+from cluster.config import ROLES, DeploymentConfig, namespace
+from cluster.controller import Controller, forget
 from cluster.models import resolve
 from cluster.spec import Builders
 from cluster.supervisor import explain
@@ -131,8 +131,10 @@ def up(config: DeploymentConfig, say: Say, wait: bool = True, builders: Builders
     """
     if is_up(config.name):
         raise LaunchError(f"deployment {config.name!r} is up already; `pdserve down` ends it")
+    tell_idle_gpus(config, say)
     if local_ray.running() and builders is None:
         resolve(config.model.path, say)  # one node: what is slow the first time happens here, where it can be watched
+    forget(config.name)
     home = ray.get_runtime_context().get_node_id()
     controller: Any = Controller
     options: dict[str, Any] = {"name": CONTROLLER, "namespace": config.namespace, "lifetime": "detached"}
@@ -150,6 +152,17 @@ def up(config: DeploymentConfig, say: Say, wait: bool = True, builders: Builders
         deployment.down()
         raise
     return deployment
+
+
+def tell_idle_gpus(config: DeploymentConfig, say: Say) -> None:
+    """One line if the connected cluster has GPUs in nobody's use and none of the pools asks for any."""
+    wanted = sum(config.pools[name].num_gpus for name in ROLES if config.pools[name].replicas)
+    idle = ray.available_resources().get("GPU", 0)
+    if idle and not wanted:
+        say(
+            f"{idle:g} GPU{'s are' if idle != 1 else ' is'} idle, and the workers will run on CPUs: to use them, set"
+            " pools.prefill.num_gpus=1 and pools.decode.num_gpus=1 (with --set, or in the file)"
+        )
 
 
 def is_up(name: str) -> bool:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import typer
+
+from cluster import cli, doctor
+from cluster.doctor import Finding
 
 
 class Shell:
@@ -81,6 +85,23 @@ def test_errors_are_one_line(pdserve: Shell, command: str, says: str) -> None:
 
 def test_a_wrong_ray_address_is_one_line(pdserve: Shell) -> None:
     assert pdserve("up", code=1, RAY_ADDRESS="127.0.0.1:1").startswith("error: no Ray cluster answers at 127.0.0.1:1: ")
+
+
+def test_brackets_in_what_workers_say_are_no_markup(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "device [/cuda:0] is not in [1, 2] at 10.0.0.1:100: [red]x"
+    findings = [Finding("KV [a] -> b", True, said), Finding("[/b]", False, said)]
+    monkeypatch.setattr(cli, "_deployment", lambda name: None)
+    monkeypatch.setattr(doctor, "examine", lambda deployment, blocks: findings)
+    cli._say(f"decode-0 failed {said}")
+    with pytest.raises(typer.Exit):
+        cli.doctor()
+    assert capsys.readouterr().out.splitlines() == [
+        f"decode-0 failed {said}",
+        f"ok   KV [a] -> b : {said}",
+        f"FAIL [/b] : {said}",
+    ]
 
 
 @pytest.fixture
