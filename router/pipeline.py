@@ -298,8 +298,7 @@ class Pipeline:
 
     def _lacks_report(self, attempt: Attempt) -> bool:
         moves_kv = attempt.route.prefill is not None and attempt.route.decode is not None
-        settled = attempt.adopted_at is not None or all(s.worker_finish is not None for s in self.sequences)
-        return moves_kv and settled and attempt.transferred is None and not self._aborted
+        return moves_kv and attempt.first_tokens_at is not None and attempt.transferred is None and not self._aborted
 
     async def _send(self, message: pb.GenerateStreamResponse, send: Send) -> None:
         message.request_id = self.accepted.request_id

@@ -124,6 +124,16 @@ async def test_end_of_sequence_as_first_token_adopts_nothing(tiny):
         assert s.worker("decode").status()["tokens_generated"] == 0
 
 
+async def test_a_stop_string_in_the_first_token_reports_what_moved(tiny):
+    async with service(tiny, engine=DUMMY) as s:
+        first = (await s.generate(request(list(range(40)), 1, ignore_eos=True))).text[0]
+        again = await s.generate(request(list(range(40)), 8, stopping=pb.StoppingCriteria(stop=[first[:1]])))
+        assert again.finish[0].stop_string == first[:1] and again.usage.completion_tokens == 1
+        await s.settle()
+        moved = s.worker("decode").status()["kv_bytes_received"]
+        assert again.timings.kv_transfer_bytes == moved == s.worker("prefill").status()["kv_bytes_sent"] > 0
+
+
 async def test_many_sequences_of_one_prompt_move_its_kv_once(tiny):
     async with service(tiny, engine=DUMMY) as s:
         answer = await s.generate(request(list(range(40)), 10, temperature=1.0, num_sequences=4, ignore_eos=True))
