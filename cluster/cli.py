@@ -1,6 +1,7 @@
 """The `pdserve` command. Each command says what it did or, in one line, why it could not."""
 
 import json
+import os
 import signal
 import sys
 import time
@@ -30,6 +31,8 @@ app.add_typer(config_app, name="config")
 _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
 
+_INTERRUPTED = 130  # exit status of a command ended by Ctrl-C
+
 Name = Annotated[str, typer.Option("--name", "-n", help="Which deployment, where a Ray cluster holds several.")]
 File = Annotated[Path | None, typer.Option("--file", "-f", help="Settings in YAML; see `pdserve config schema`.")]
 Overrides = Annotated[
@@ -52,9 +55,20 @@ def main() -> None:
         if not isinstance(error, known_errors()):
             raise
         _err.print(f"[red]error:[/red] {escape(str(error))}")
-        sys.exit(1)
+        _leave(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(_INTERRUPTED)
+    except SystemExit as end:  # Typer's own way to say the same
+        if end.code == _INTERRUPTED:
+            _leave(_INTERRUPTED)
+        raise
+
+
+def _leave(status: int) -> None:
+    """Without Ray's own clean-up at exit, which waits for a head that may be dead, deaf to Ctrl-C."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @app.command()
