@@ -4,11 +4,13 @@
 
 Starts 1 prefill + 1 decode worker of the demo model on a local Ray cluster, lets it settle, then sums the CPU time of
 all our processes (controller, router, workers) over the given time. Target: under 2% of one core. Ray's own daemons are
-listed beside it. Memory: resident size of each worker, less what torch and transformers take before anything is loaded
-(measured in a process of its own) and less weights and block pool. One JSON line last.
+listed beside it. Memory: after prompts that fill both block pools, the resident size of each worker less what torch and
+transformers take before anything is loaded (measured in a process of its own), the weights and the pool; and how much
+three times as many prompts add to it. One JSON line last.
 """
 
 import argparse
+import asyncio
 import json
 import subprocess
 import sys
@@ -17,6 +19,8 @@ import time
 import psutil
 import ray
 
+from benchmarks import serving
+from benchmarks.traces import Arrival
 from cluster import launch
 from cluster.config import DeploymentConfig
 from cluster.launch import parts
@@ -32,7 +36,7 @@ print(psutil.Process().memory_info().rss)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--num-blocks", type=int, default=512)
+    parser.add_argument("--num-blocks", type=int, default=256)
     arguments = parser.parse_args()
     imports_mib = int(subprocess.check_output([sys.executable, "-c", _IMPORTS])) / MIB
 
@@ -72,13 +76,29 @@ def measure(status: dict, seconds: float, num_blocks: int, imports_mib: float) -
 
     pool_mib, weights_mib = num_blocks * 737_280 / MIB, 513.0  # fp32 SmolLM2: 46,080 bytes a token, 134.5M parameters
     print(f"\nimports {imports_mib:.0f} MiB, weights {weights_mib:.0f} MiB, block pool {pool_mib:.0f} MiB")
-    rest = {}
-    for name, process in ours.items():
-        if name.startswith(("prefill", "decode")):
-            rss = process.memory_info().rss / MIB
-            rest[name] = rss - imports_mib - weights_mib - pool_mib
-            print(f"{name:<12} {rss:6.0f} MiB resident, {rest[name]:.0f} MiB beyond these")
-    return {"cpu_percent": percent, "total_cpu_percent": total, "ray_cpu_percent": ray_percent, "rest_mib": rest}
+    target, count = status["router"]["address"], num_blocks * 16 // 256 + 2
+    workers = {name: process for name, process in ours.items() if name.startswith(("prefill", "decode"))}
+    asyncio.run(fill(target, count, 0))
+    filled = {name: process.memory_info().rss / MIB for name, process in workers.items()}
+    asyncio.run(fill(target, 3 * count, 1))
+    growth = {name: process.memory_info().rss / MIB - filled[name] for name, process in workers.items()}
+    rest = {name: rss - imports_mib - weights_mib - pool_mib for name, rss in filled.items()}
+    for name, rss in filled.items():
+        print(f"{name:<12} {rss:6.0f} MiB resident, {rest[name]:+.0f} MiB beyond these; then {growth[name]:+.0f} MiB")
+    return {
+        "cpu_percent": percent,
+        "total_cpu_percent": total,
+        "ray_cpu_percent": ray_percent,
+        "rest_mib": rest,
+        "growth_mib": growth,
+    }
+
+
+async def fill(target: str, count: int, seed: int) -> None:
+    """Prompts of 256 random tokens, one after the other: each leaves its blocks in both prefix caches."""
+    for number in range(count):
+        (result,) = await serving.run(target, [Arrival(0.0, 256, 4)], seed=1000 * seed + number)
+        assert not result.error, result.error
 
 
 def cpu_s(process: psutil.Process) -> float:

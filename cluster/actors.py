@@ -118,9 +118,7 @@ class WorkerActor(_Actor):
         build = _named(self._spec.builder)
         self._hosted = await asyncio.to_thread(build, self._spec, self._host, self._say)
         member = await self._hosted.start()
-        # Weights and modules live as long as the process; collections need not walk them.
-        gc.collect()
-        gc.freeze()
+        _settle()
         return {"member": member.SerializeToString()}
 
     async def watch(self) -> str:
@@ -156,9 +154,16 @@ class RouterActor(_Actor):
         build = _named(self._spec.builder)
         self._hosted = await asyncio.to_thread(build, self._spec, self._say)
         address = await self._hosted.start()
+        _settle()
         host, _, port = address.rpartition(":")
         # An address that clients elsewhere can use.
         return {"address": f"{self._host}:{port}" if host in ("0.0.0.0", "[::]", "::") else address}
+
+
+def _settle() -> None:
+    """Weights, vocabularies and modules live as long as the process; collections need not walk them."""
+    gc.collect()
+    gc.freeze()
 
 
 def _named(builder: str) -> Callable[..., Any]:

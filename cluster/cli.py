@@ -1,6 +1,7 @@
 """The `pdserve` command. Each command says what it did or, in one line, why it could not."""
 
 import json
+import os
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from cluster.config import DeploymentConfig
@@ -25,8 +27,11 @@ app = typer.Typer(
 config_app = typer.Typer(help="What can be configured, and what is.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(highlight=False, soft_wrap=True, stderr=True)
+# Emoji off: an address such as 1.2.3.4:100:... must stay what it is.
+_out = Console(highlight=False, soft_wrap=True, emoji=False)
+_err = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
+
+_INTERRUPTED = 130  # exit status of a command ended by Ctrl-C
 
 Name = Annotated[str, typer.Option("--name", "-n", help="Which deployment, where a Ray cluster holds several.")]
 File = Annotated[Path | None, typer.Option("--file", "-f", help="Settings in YAML; see `pdserve config schema`.")]
@@ -49,10 +54,21 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, known_errors()):
             raise
-        _err.print(f"[red]error:[/red] {_plain(error)}")
-        sys.exit(1)
+        _err.print(f"[red]error:[/red] {escape(str(error))}")
+        _leave(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(_INTERRUPTED)
+    except SystemExit as end:  # Typer's own way to say the same
+        if end.code == _INTERRUPTED:
+            _leave(_INTERRUPTED)
+        raise
+
+
+def _leave(status: int) -> None:
+    """Without Ray's own clean-up at exit, which waits for a head that may be dead, deaf to Ctrl-C."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @app.command()
@@ -75,7 +91,7 @@ def up(
     _warn_if_public(config)
     launch.connect(_say, start=True, transport=config.transport)
     try:
-        with _out.status(f"bringing up {config.model.name}"):
+        with _out.status(escape(f"bringing up {config.model.name}")):
             deployment = launch.up(config, _say, wait)
     except BaseException:
         launch.stop_local_ray(_say)
@@ -83,7 +99,8 @@ def up(
     if wait:
         address = deployment.status()["router"]["address"]
         client.remember_address(config.name, address)
-        _say(f"[green]ready[/green]: {config.model.name} at {address}; try `pdserve chat 'Hello'`, `pdserve status`")
+        hint = f"{config.model.name} at {address}; try `pdserve chat 'Hello'`, `pdserve status`"
+        _out.print(f"[green]ready[/green]: {escape(hint)}")
     else:
         _say("starting; see `pdserve status --watch`")
 
@@ -155,7 +172,7 @@ def drain(
     Use `pdserve scale` afterwards to put another one in its place.
     """
     deployment = _deployment(name)
-    with _out.status(f"draining {worker}"):
+    with _out.status(escape(f"draining {worker}")):
         deployment.drain(worker)
     _say(f"{worker} is gone")
 
@@ -218,7 +235,7 @@ def doctor(
     failed = 0
     for finding in examine(_deployment(name), blocks):
         mark = "[green]ok  [/green]" if finding.ok else "[red]FAIL[/red]"
-        _out.print(mark, finding.what, ":", finding.said, markup=True)
+        _out.print(mark, escape(f"{finding.what} : {finding.said}"))
         failed += not finding.ok
     if failed:
         raise typer.Exit(1)
@@ -274,7 +291,7 @@ def _print_answer(connection: Any, request: Any, timeout: float, timings: bool) 
         print(text, end="", flush=True)
     print()
     if timings:
-        _err.print(f"[dim]{summary(answer)}[/dim]")
+        _err.print(f"[dim]{escape(summary(answer))}[/dim]")
     return answer.text
 
 
@@ -315,13 +332,14 @@ def _follow(deployment: "Deployment") -> None:
 def _warn_if_public(config: "DeploymentConfig") -> None:
     if config.router.host not in ("127.0.0.1", "localhost", "::1"):
         _err.print(
-            f"[bold yellow]WARNING: the router listens on {config.router.host} without authentication: "
+            f"[bold yellow]WARNING: the router listens on {escape(config.router.host)} without authentication: "
             "whoever reaches it can use the model[/bold yellow]"
         )
 
 
 def _say(line: str) -> None:
-    _out.print(line)
+    """A line as it is: errors of workers may hold brackets, which are no markup."""
+    _out.print(line, markup=False)
 
 
 def _quiet(line: str) -> None:
@@ -331,12 +349,6 @@ def _quiet(line: str) -> None:
 def _wide(console: Console) -> Console:
     """A table piped into a file is not cut at 80 columns."""
     return console if console.is_terminal else Console(highlight=False, width=200)
-
-
-def _plain(error: BaseException) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
 
 
 def known_errors() -> tuple[type[BaseException], ...]:

@@ -135,7 +135,7 @@ class Controller:
         await asyncio.gather(*(one.retire(None) for one in self._workers.values()))
         self._workers.clear()
         self._pool_of.clear()
-        await asyncio.to_thread(_forget, self._config.name)
+        await asyncio.to_thread(forget, self._config.name)
 
     async def publish(self) -> None:
         """Tells everybody who is there. Workers first: a router may use a pair only when the pair know each other."""
@@ -148,7 +148,7 @@ class Controller:
             await self._router.tell_members(message, _PUSH_S)
 
     async def _boot(self) -> None:
-        self._targets.update(await asyncio.to_thread(_recall, self._config.name))
+        self._targets.update(await asyncio.to_thread(recall, self._config.name))
         found = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         names = [actor["name"] for actor in found if actor["namespace"] == self._config.namespace]
         await asyncio.gather(*(self._adopt(name) for name in names if name != CONTROLLER))
@@ -183,7 +183,7 @@ class Controller:
         if problem:
             raise ValueError(problem)
         self._targets = targets
-        _remember(self._config.name, targets)
+        remember(self._config.name, targets)
         return self._reconcile(first)
 
     def _reconcile(self, first: str = "") -> asyncio.Task[None]:
@@ -305,23 +305,24 @@ def _node_cores() -> list[int]:
     return list(cores.values())
 
 
-# What must outlive the controller's process lies in the head's key-value store, as long as the cluster lives.
+# What must outlive the controller's process lies in the head's key-value store, as long as the cluster lives. A new
+# deployment forgets what one before it, not ended cleanly, may have left.
 
 
-def _remember(deployment: str, targets: dict[PoolName, int]) -> None:
+def remember(deployment: str, targets: dict[PoolName, int]) -> None:
     from ray.experimental.internal_kv import _internal_kv_put
 
     _internal_kv_put(deployment.encode(), json.dumps(targets).encode(), overwrite=True, namespace=_STORE)
 
 
-def _recall(deployment: str) -> dict[PoolName, int]:
+def recall(deployment: str) -> dict[PoolName, int]:
     from ray.experimental.internal_kv import _internal_kv_get
 
     saved = _internal_kv_get(deployment.encode(), namespace=_STORE)
     return json.loads(saved) if saved else {}
 
 
-def _forget(deployment: str) -> None:
+def forget(deployment: str) -> None:
     from ray.experimental.internal_kv import _internal_kv_del
 
     _internal_kv_del(deployment.encode(), namespace=_STORE)

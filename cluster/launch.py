@@ -5,9 +5,11 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -16,8 +18,8 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from cluster import local_ray
 from cluster.actors import CONTROLLER
-from cluster.config import DeploymentConfig, namespace
-from cluster.controller import Controller
+from cluster.config import ROLES, DeploymentConfig, namespace
+from cluster.controller import Controller, forget
 from cluster.models import resolve
 from cluster.spec import Builders
 from cluster.supervisor import explain
@@ -26,11 +28,19 @@ _CALL_S = 30.0
 _DOWN_S = 60.0
 _POLL_S = 1.0
 _GONE_S = 10.0
+_JOIN_S = 60.0
+_ANSWER_S = 30.0
+_PROBE_S = 5.0
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 class LaunchError(RuntimeError):
     """What the operator asked for cannot be done; one line that says why."""
+
+
+class Unreachable(LaunchError):
+    """The Ray cluster does not answer, so that nothing can be done in it, cleaning up included."""
 
 
 def connect(say: Say, start: bool = False, transport: str = "grpc", join_running: bool = True) -> None:
@@ -71,7 +81,7 @@ class Deployment:
     def __init__(self, name: str) -> None:
         self.name = name
         try:
-            self._controller = ray.get_actor(CONTROLLER, namespace=namespace(name))
+            self._controller = answered(lambda: ray.get_actor(CONTROLLER, namespace=namespace(name)))
         except ValueError:
             raise LaunchError(f"no deployment {name!r} in this Ray cluster; `pdserve up` makes one") from None
 
@@ -100,6 +110,7 @@ class Deployment:
 
     def down(self) -> None:
         """Ends every process of this deployment; the Ray cluster stays. Those on this machine are gone on return."""
+        answered(_named_actors, _PROBE_S)
         here = ray.util.get_node_ip_address()
         pids = []
         with contextlib.suppress(LaunchError):
@@ -108,12 +119,15 @@ class Deployment:
         try:
             self._ask(self._controller.down.remote(), _DOWN_S)
         finally:
-            for actor in ray.util.list_named_actors(all_namespaces=True):
-                if actor["namespace"] == namespace(self.name) and actor["name"] != CONTROLLER:
-                    with contextlib.suppress(ValueError):
-                        ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
-            ray.kill(self._controller)
+            answered(self._kill_all)
             _wait_until_gone(pids)
+
+    def _kill_all(self) -> None:
+        for actor in _named_actors():
+            if actor["namespace"] == namespace(self.name) and actor["name"] != CONTROLLER:
+                with contextlib.suppress(ValueError):
+                    ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+        ray.kill(self._controller)
 
     def _ask(self, reference: Any, timeout_s: float | None) -> Any:
         try:
@@ -131,8 +145,24 @@ def up(config: DeploymentConfig, say: Say, wait: bool = True, builders: Builders
     """
     if is_up(config.name):
         raise LaunchError(f"deployment {config.name!r} is up already; `pdserve down` ends it")
+    tell_idle_gpus(config, say)
     if local_ray.running() and builders is None:
         resolve(config.model.path, say)  # one node: what is slow the first time happens here, where it can be watched
+    answered(lambda: _create_controller(config, builders or Builders()))
+    deployment = Deployment(config.name)
+    try:
+        if wait:
+            _wait_until_ready(deployment, config, say)
+    except Unreachable:
+        raise
+    except BaseException:
+        deployment.down()
+        raise
+    return deployment
+
+
+def _create_controller(config: DeploymentConfig, builders: Builders) -> None:
+    forget(config.name)
     home = ray.get_runtime_context().get_node_id()
     controller: Any = Controller
     options: dict[str, Any] = {"name": CONTROLLER, "namespace": config.namespace, "lifetime": "detached"}
@@ -141,20 +171,23 @@ def up(config: DeploymentConfig, say: Say, wait: bool = True, builders: Builders
     controller.options(
         **options,
         scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(home, soft=True),
-    ).remote(config, home, builders or Builders())
-    deployment = Deployment(config.name)
-    try:
-        if wait:
-            _wait_until_ready(deployment, config, say)
-    except BaseException:
-        deployment.down()
-        raise
-    return deployment
+    ).remote(config, home, builders)
+
+
+def tell_idle_gpus(config: DeploymentConfig, say: Say) -> None:
+    """One line if the connected cluster has GPUs in nobody's use and none of the pools asks for any."""
+    wanted = sum(config.pools[name].num_gpus for name in ROLES if config.pools[name].replicas)
+    idle = answered(ray.available_resources).get("GPU", 0)
+    if idle and not wanted:
+        say(
+            f"{idle:g} GPU{'s are' if idle != 1 else ' is'} idle, and the workers will run on CPUs: to use them, set"
+            " pools.prefill.num_gpus=1 and pools.decode.num_gpus=1 (with --set, or in the file)"
+        )
 
 
 def is_up(name: str) -> bool:
     try:
-        ray.get_actor(CONTROLLER, namespace=namespace(name))
+        answered(lambda: ray.get_actor(CONTROLLER, namespace=namespace(name)))
     except ValueError:
         return False
     return True
@@ -180,7 +213,9 @@ def stop_local_ray(say: Say, but: str = "") -> None:
     if local is None:
         return
     if ray.is_initialized() and ray.get_runtime_context().gcs_address == local.address:
-        others = {a["namespace"] for a in ray.util.list_named_actors(all_namespaces=True) if a["name"] == CONTROLLER}
+        others: set[str] = set()
+        with contextlib.suppress(Unreachable):
+            others = {a["namespace"] for a in answered(_named_actors, _PROBE_S) if a["name"] == CONTROLLER}
         others.discard(namespace(but))
         ray.shutdown()
         if others:
@@ -234,6 +269,30 @@ def _wait_until_gone(pids: list[int]) -> None:
     psutil.wait_procs(processes, timeout=_GONE_S)
 
 
+def answered(call: Callable[[], T], within_s: float = _ANSWER_S) -> T:
+    """What a call to Ray returns or raises; Unreachable if it takes too long.
+
+    Ray's own calls wait for a dead head for a minute and more, in C++ and deaf to Ctrl-C, so they do it in a thread.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="ray-call", daemon=True).start()
+    done, _ = wait([outcome], within_s)
+    if not done:
+        raise Unreachable(f"the Ray cluster did not answer within {within_s:g} s; is its head alive?")
+    return outcome.result()
+
+
+def _named_actors() -> list[dict[str, str]]:
+    return ray.util.list_named_actors(all_namespaces=True)
+
+
 def _join(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
@@ -241,7 +300,9 @@ def _join(address: str) -> None:
     except (OSError, ValueError) as error:
         raise LaunchError(f"no Ray cluster answers at {address}: {error}") from None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        answered(lambda: ray.init(address=address, log_to_driver=False, logging_level="error"), _JOIN_S)
+    except Unreachable:
+        raise
     except Exception as error:  # versions that differ, a wrong token, and what else Ray refuses
         raise LaunchError(f"cannot join the Ray cluster at {address}: {explain(error)}") from None
 

@@ -132,6 +132,8 @@ def _keep(directory: str, object_store_bytes: int) -> None:
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     loopback_only()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Freed objects are collected once a second by default: KV on its way would fill the store with what is done with.
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "10")
     import ray
 
     ray.init(

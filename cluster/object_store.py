@@ -8,6 +8,7 @@ the hand-over whoever reads it, on this node (mapped, no copy) or on another (Ra
 import struct
 import threading
 from collections.abc import Sequence
+from pickle import PickleBuffer  # a buffer that Ray stores out of band: nothing is pickled for our own sockets
 
 import numpy as np
 import ray
@@ -16,8 +17,8 @@ from ray._private.worker import global_worker
 from kv_transfer.base import TransferBroken
 
 _LENGTHS = struct.Struct("<HHH")  # of the three parts, which follow
-# Ray stores each array of a list as it is, without a gathering copy, but at 20 us apiece: small ones are first joined.
-# From 1 MiB on it starts six threads per array to copy it, which beside busy cores takes several times as long.
+# Ray stores each buffer of a list as it is, without a gathering copy, but at 20 us apiece: small ones are first joined.
+# From 1 MiB on it starts six threads per buffer to copy it, which beside busy cores takes several times as long.
 _MIN_ARRAY_BYTES = 256 << 10
 _MAX_ARRAY_BYTES = (1 << 20) - 4096
 
@@ -43,7 +44,9 @@ class RayObjectStore:
         if min(map(len, arrays)) < _MIN_ARRAY_BYTES:
             arrays = [np.frombuffer(b"".join(array.data for array in arrays), np.uint8)]
         size = _MAX_ARRAY_BYTES
-        ref = ray.put([array[at : at + size] for array in arrays for at in range(0, len(array), size)])
+        ref = ray.put(
+            [PickleBuffer(array[at : at + size].data) for array in arrays for at in range(0, len(array), size)]
+        )
         _, owner, state = global_worker.core_worker.serialize_object_ref(ref)
         parts = (ref.binary(), owner, state)
         token = _LENGTHS.pack(*map(len, parts)) + b"".join(parts)
@@ -53,7 +56,7 @@ class RayObjectStore:
 
     def get(self, token: bytes, timeout_s: float) -> list[np.ndarray]:
         try:
-            return ray.get(_borrow(token), timeout=timeout_s)
+            return [np.frombuffer(part, np.uint8) for part in ray.get(_borrow(token), timeout=timeout_s)]
         except ray.exceptions.RayError as error:
             raise TransferBroken(f"the chunk's object is not to be had: {error}") from error
 

@@ -60,7 +60,7 @@ class Supervisor:
         self.handle: Any = None
         self.where: dict[str, Any] = {}  # pid, node_id, host
         self.ready: dict[str, Any] = {}  # what start() ended with
-        self.member: worker_pb2.Member | None = None
+        self.member: worker_pb2.Member | None = None  # while a lost worker's successor starts: STARTING, no address
         self.report: dict[str, Any] = {}
         self.retiring = False
         self.last_error = ""
@@ -128,6 +128,9 @@ class Supervisor:
             if adopted:
                 adopted = False
             elif not await self._start():
+                if self.member is not None:  # nobody is to wait for it any longer
+                    self.member = None
+                    await self._publish()
                 self.restarts += 1
                 failures += 1
                 await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
@@ -140,7 +143,10 @@ class Supervisor:
                 return
             _log.warning("%s is lost: %s", self.name, self.last_error)
             self._kill()
-            self.member = None
+            if self.member is not None:
+                self.member = worker_pb2.Member(
+                    worker_id=self.name, role=self.member.role, state=worker_pb2.WORKER_STATE_STARTING
+                )
             self._set("lost", self.last_error)
             await self._publish()
             failures = 0 if time.monotonic() - born > _STEADY_S else failures + 1

@@ -40,6 +40,7 @@ _ROLES = {
     "both": worker_pb2.WORKER_ROLE_BOTH,
 }
 _HEALTH_PERIOD_S = 0.5
+_CANARY_S = 10.0  # a canary goes after every request: on a busy worker it may find no pages
 # A step may take long (a big prefill on a CPU), a thread that died is noticed at once: its heartbeat is infinitely old.
 _STALLED_AFTER_S = 120.0
 _log = logging.getLogger(__name__)
@@ -122,16 +123,14 @@ class Worker:
 
     async def drain(self) -> None:
         """Refuses new work, finishes what is here; returns when nothing is left."""
-        self.begin_drain()
-        await self._set_state(worker_pb2.WORKER_STATE_DRAINING)
+        await self.begin_drain()
         await self._prefill.idle.wait()
         await self._decoder.runs.idle.wait()
         await self._prefill.close()
 
-    def begin_drain(self) -> None:
+    async def begin_drain(self) -> None:
         self._prefill.draining = self._decoder.draining = True
-        self.state = worker_pb2.WORKER_STATE_DRAINING
-        self._service.changed()
+        await self._set_state(worker_pb2.WORKER_STATE_DRAINING)
 
     async def stop(self) -> None:
         if self.engine is None:
@@ -175,7 +174,8 @@ class Worker:
         num_blocks = max(1, min(num_blocks, self.engine.slab.shape[0] // 2))
         probe = canary_request(owner, num_blocks * block_size - 1)
         try:
-            reservation = await asyncio.wrap_future(self.engine.reserve(owner, probe, len(probe.token_ids)))
+            reserving = asyncio.wrap_future(self.engine.reserve(owner, probe, len(probe.token_ids)))
+            reservation = await asyncio.wait_for(reserving, _CANARY_S)
             num_bytes, seconds = await self._send_canary(target_worker_id, reservation.block_ids[:num_blocks])
             return {"bytes": num_bytes, "seconds": seconds, "ok": True, "error": ""}
         except grpc.aio.AioRpcError as error:
@@ -192,7 +192,7 @@ class Worker:
         for position, block in enumerate(block_ids):
             slab[block].fill_(seed[position % len(seed)])
         peer = await self._peers.connect(self._peers.find(target_worker_id))
-        granted = await peer.stub.Canary(kv.CanaryRequest(source=self.me, num_blocks=len(block_ids)), timeout=10.0)
+        granted = await peer.stub.Canary(kv.CanaryRequest(source=self.me, num_blocks=len(block_ids)), timeout=_CANARY_S)
         started = time.perf_counter()
         outgoing = self._sender.open(peer.address, granted.transfer_id)
         try:
@@ -226,10 +226,12 @@ class Worker:
             try:
                 self._decoder.expire(self._kv.expire_canaries)
                 alive = self.engine.heartbeat_age_s() < _STALLED_AFTER_S
-                if self.state == worker_pb2.WORKER_STATE_READY and not alive:
+                if self.state in (worker_pb2.WORKER_STATE_READY, worker_pb2.WORKER_STATE_DRAINING) and not alive:
                     await self._set_state(worker_pb2.WORKER_STATE_UNHEALTHY)
                 elif self.state == worker_pb2.WORKER_STATE_UNHEALTHY and alive:
-                    await self._set_state(worker_pb2.WORKER_STATE_READY)
+                    await self._set_state(
+                        worker_pb2.WORKER_STATE_DRAINING if self._prefill.draining else worker_pb2.WORKER_STATE_READY
+                    )
             except Exception:
                 _log.exception("housekeeping of worker %s", self.me.worker_id)
 

@@ -99,5 +99,5 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             self._watchers.discard(changed)
 
     async def Drain(self, request, context: grpc.aio.ServicerContext) -> worker_pb2.DrainResponse:
-        self._worker.begin_drain()
+        await self._worker.begin_drain()
         return worker_pb2.DrainResponse(remaining_runs=self._prefill.num_runs + len(self._decoder.runs))

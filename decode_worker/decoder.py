@@ -68,8 +68,8 @@ class Decoder:
             except ValueError as error:
                 self.fail(run, inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, str(error), False)
 
-    def cancel(self, run_id: str, attempt: int) -> None:
-        self.runs.bury(run_id, attempt)
+    async def cancel(self, run_id: str, attempt: int) -> None:
+        await self.runs.refuse(run_id, attempt)
         run = self.runs.find(run_id)
         if run is not None and run.attempt <= attempt:
             self.end(run)
@@ -92,7 +92,7 @@ class Decoder:
         run.emit(run.entry(adopted=worker_pb2.Adopted()))
         try:
             await asyncio.wrap_future(self.engine.adopt(run.owner, run.request, first_tokens))
-        except KeyError:
+        except (KeyError, ValueError):
             self.end(run)
             raise
 

@@ -25,6 +25,7 @@ LEASE_S = 10.0
 # A Reserve may overtake its Expect, which comes from another machine.
 EXPECT_LAG_S = 1.0
 MAX_COMMIT_ANSWERS = 4096
+CANARY_PRIORITY = 2**31 - 1  # after every request
 
 
 class Refusal(Exception):
@@ -176,8 +177,8 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         try:
             first_tokens = [FirstToken(token.token_id, token.finished) for token in request.first_tokens]
             await self._decoder.adopt(run, first_tokens)
-        except KeyError:
-            raise Refusal(grpc.StatusCode.NOT_FOUND, "the run ended before its KV was adopted") from None
+        except (KeyError, ValueError) as error:
+            raise Refusal(grpc.StatusCode.NOT_FOUND, f"the run ended before its KV was adopted: {error}") from None
         return kv.CommitResponse(num_bytes=request.num_bytes)
 
     def _check_claims(self, run: Run, request: kv.CommitRequest) -> None:
@@ -207,6 +208,9 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             reservation = await asyncio.wrap_future(engine.reserve(owner, probe, len(probe.token_ids)))
         except ValueError as error:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
+        except asyncio.CancelledError:  # nobody waits for it any more: it must not hold its place before requests
+            engine.release(owner)
+            raise
         source = (request.source.worker_id, request.source.incarnation)
         blocks = reservation.block_ids[: request.num_blocks]
         transfer_id = self._decoder.receiver.grant(owner, source, blocks, 0, LEASE_S)
@@ -231,6 +235,7 @@ def canary_request(owner: str, num_tokens: int) -> Request:
         token_ids=(0,) * num_tokens,
         num_prompt_tokens=num_tokens,
         sampling=SamplingParams(max_tokens=1),
+        priority=CANARY_PRIORITY,
         use_prefix_cache=False,
     )
 

@@ -112,12 +112,17 @@ class RunTable:
             run.deadline.cancel()
         self._runs.pop(run.run_id, None)
         self._by_transfer.pop(run.transfer_id, None)
-        self.bury(run.run_id, run.attempt)
+        self._bury(run.run_id, run.attempt)
         if not self._runs:
             self.idle.set()
 
-    def bury(self, run_id: str, attempt: int) -> None:
-        """Refuse this attempt and all before it from now on."""
+    async def refuse(self, run_id: str, attempt: int) -> None:
+        """This attempt and all before it are over, whether or not they were ever here; who waits for one hears it."""
+        self._bury(run_id, attempt)
+        async with self._arrived:
+            self._arrived.notify_all()
+
+    def _bury(self, run_id: str, attempt: int) -> None:
         self._tombstones[run_id] = max(attempt, self._tombstones.get(run_id, -1))
         self._tombstones.move_to_end(run_id)
         while len(self._tombstones) > MAX_TOMBSTONES:

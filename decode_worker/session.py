@@ -8,6 +8,7 @@ Life of a request here
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 import grpc
@@ -18,6 +19,7 @@ from protos import worker_pb2, worker_pb2_grpc
 
 # A router reads always; one this far behind is stuck, and its runs would fill this worker's memory.
 MAX_UNSENT_ENTRIES = 65536
+_log = logging.getLogger(__name__)
 
 
 class Outbox:
@@ -78,7 +80,9 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                     case "expect":
                         await self._decoder.expect(command.expect, outbox.put)
                     case "cancel":
-                        self._decoder.cancel(command.cancel.run_id, command.cancel.attempt)
+                        await self._decoder.cancel(command.cancel.run_id, command.cancel.attempt)
+        except Exception:  # the session ends, and its runs with it: say why
+            _log.exception("a command of the session failed")
         finally:
             outbox.close()
 

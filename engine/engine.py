@@ -181,9 +181,9 @@ class Engine:
         """Ends a request in any phase, its reservation included. Idempotent; no events after the current step."""
 
         def end() -> None:
-            self._scheduler.abort(request_id)
-            for owner in [o for o in self._grants if not self._scheduler.is_reserving(o)]:
-                self._grants.pop(owner).cancel()
+            for owner in self._scheduler.abort(request_id):
+                if (waiting := self._grants.pop(owner, None)) is not None:
+                    waiting.cancel()
 
         self._do(end)
 
@@ -242,8 +242,10 @@ class Engine:
         """
         self._apply()
         plan = self._scheduler.schedule()
-        events = list(plan.events)
+        if plan.events:
+            self._emit(plan.events)  # before the step: who hears Started takes the time
         self._tell_sinks(plan)
+        events: list[Event] = []
         if plan.rows:
             try:
                 self._flying.append((plan, self._runner.launch(plan, self._sinks)))
@@ -296,7 +298,7 @@ class Engine:
     def _add(self, request: Request, sink: KVSink | None) -> None:
         if sink is not None:
             self._sinks[request.id] = sink
-        self._scheduler.add(request, sink is not None)
+        self._scheduler.add(request, sink.receiver if sink is not None else None)
 
     def _apply(self) -> None:
         ops, self._scheduler.blocks.memory_ops = self._scheduler.blocks.memory_ops, []

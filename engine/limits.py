@@ -28,12 +28,14 @@ class Limits:
         self._check_fits(len(request.token_ids), 0, f"{len(request.token_ids)} tokens")
 
     def check_reserve(self, request: Request, num_tokens: int) -> None:
-        """For pages that another worker fills."""
+        """For pages that another worker fills, and the run that then goes on in them to its end."""
         self._check_request(request)
         if not len(request.token_ids) <= num_tokens < self.max_model_len:
             raise ValueError(f"num_tokens: {num_tokens} is not in [{len(request.token_ids)}, {self.max_model_len - 1}]")
         n = request.sampling.num_sequences
         self._check_fits(num_tokens, num_growth_blocks(n, num_tokens, self.block_size), f"{num_tokens} tokens x {n}")
+        total = min(request.num_prompt_tokens + request.sampling.max_tokens, self.max_model_len)
+        self._check_fits(max(total - 1, num_tokens), 0, f"{total} tokens")
 
     def _check_fits(self, num_tokens: int, extra: int, what: str) -> None:
         needed = -(-num_tokens // self.block_size) + extra

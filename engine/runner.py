@@ -29,6 +29,10 @@ REPORT_BYTES = 1 << 20  # a report covers at least this much KV, or all layers
 class KVSink(Protocol):
     """Hooks for one prompt whose KV leaves this engine. Called on the engine's thread: they must not block."""
 
+    @property
+    def receiver(self) -> str:
+        """Who takes it: prompts that wait for one receiver's pages hold up none of another's."""
+
     def wanted(self) -> None:
         """The prompt would be computed next: get pages at the receiver, then `Engine.grant`."""
 

@@ -13,6 +13,7 @@ the last plan of that moment is taken in, for its row may still write there.
 """
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import count
@@ -78,10 +79,11 @@ class Scheduler:
 
     # ---------------------------------------------------------------- commands, between steps
 
-    def add(self, request: Request, is_sink: bool = False) -> None:
-        gate = Gate.CLOSED if is_sink else Gate.OPEN
+    def add(self, request: Request, receiver: str | None = None) -> None:
+        """`receiver` names who takes the prompt's KV, which makes it a sink prompt; None: it stays here."""
+        gate = Gate.OPEN if receiver is None else Gate.CLOSED
         n = request.sampling.num_sequences
-        sequence = Sequence(request, 0, list(request.token_ids), next(self._arrivals), n, is_sink, gate)
+        sequence = Sequence(request, 0, list(request.token_ids), next(self._arrivals), n, receiver, gate)
         self._runs[request.id] = Run(request, [sequence])
         self._enqueue(sequence)
 
@@ -132,12 +134,13 @@ class Scheduler:
         if run is not None and run.pinned is not None:
             self._end(run)
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request in whatever phase it is. Idempotent."""
-        self._drop_reservations(lambda name, request: request.id == request_id)
+    def abort(self, request_id: str) -> list[str]:
+        """Ends a request in whatever phase it is. Idempotent. Returns the owners of the reservations this dropped."""
+        dropped = self._drop_reservations(lambda name, request: request.id == request_id)
         run = self._runs.get(request_id)
         if run is not None:
             self._end(run)
+        return dropped
 
     # ---------------------------------------------------------------- a step
 
@@ -207,14 +210,25 @@ class Scheduler:
     # ---------------------------------------------------------------- admission
 
     def _ask(self, plan: Plan) -> None:
-        """Lets the next sink prompts get pages at their receivers: at most one step's worth, always at least one."""
+        """Lets the next sink prompts get pages: at most one step's worth, always at least one.
+
+        What waits at a receiver counts for that receiver alone, so that a full one holds up nobody else's prompts. The
+        first that is too much for its receiver now holds the place for those behind it.
+        """
         prompts = [e for e in self._queue if isinstance(e, Sequence) and e.is_sink]
-        asked = sum(len(s.token_ids) for s in prompts if s.gate is not Gate.CLOSED)
+        granted = sum(len(s.token_ids) for s in prompts if s.gate is Gate.OPEN)
+        asked: Counter[str | None] = Counter()
         for sequence in prompts:
-            if sequence.gate is Gate.CLOSED:
-                if asked and asked + len(sequence.token_ids) > self.max_num_batched_tokens:
-                    return
-                asked += len(sequence.token_ids)
+            if sequence.gate is Gate.ASKED:
+                asked[sequence.receiver] += len(sequence.token_ids)
+        full: set[str | None] = set()
+        for sequence in prompts:
+            if sequence.gate is Gate.CLOSED and sequence.receiver not in full:
+                before = granted + asked[sequence.receiver]
+                if before and before + len(sequence.token_ids) > self.max_num_batched_tokens:
+                    full.add(sequence.receiver)
+                    continue
+                asked[sequence.receiver] += len(sequence.token_ids)
                 sequence.gate = Gate.ASKED
                 plan.wanted.append(sequence.request.id)
 
@@ -414,11 +428,15 @@ class Scheduler:
         self._end(self._runs[request.id], wipe=True)
         return Failed(request.id, reason, message)
 
-    def _drop_reservations(self, chosen: Callable[[str, Request], bool]) -> None:
-        for owner in [o for o, held in self._held.items() if chosen(o, held.request)]:
+    def _drop_reservations(self, chosen: Callable[[str, Request], bool]) -> list[str]:
+        dropped = [o for o, held in self._held.items() if chosen(o, held.request)]
+        for owner in dropped:
             held = self._held.pop(owner)
             self.blocks.wipe(self.pool.release(held.block_ids) + self.pool.release(held.growth))
-        self._queue = [e for e in self._queue if not (isinstance(e, QueuedReservation) and chosen(e.owner, e.request))]
+        queued = [e for e in self._queue if isinstance(e, QueuedReservation) and chosen(e.owner, e.request)]
+        for entry in queued:
+            self._queue.remove(entry)
+        return dropped + [entry.owner for entry in queued]
 
     # ---------------------------------------------------------------- queue and seats
 

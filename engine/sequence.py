@@ -33,7 +33,7 @@ class Sequence:
     token_ids: list[int]
     arrival: int
     forks: int = 1  # how many sequences its next sampled row starts: n until the prompt is done, then 1
-    is_sink: bool = False
+    receiver: str | None = None  # who takes the prompt's KV; None: nobody, the sequence goes on here
     gate: Gate = Gate.OPEN
     status: Status = Status.WAITING
     was_preempted: bool = False
@@ -45,6 +45,10 @@ class Sequence:
     num_unknown: int = 0  # rows in flight that sample: tokens that only the device knows yet
     num_committed: int = 0  # leading blocks already offered to the prefix cache
     num_reported: int = 0  # leading blocks that the sink's receiver holds or was told of
+
+    @property
+    def is_sink(self) -> bool:
+        return self.receiver is not None
 
     @property
     def num_tokens(self) -> int:

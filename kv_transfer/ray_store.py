@@ -14,7 +14,7 @@ from kv_transfer.base import ChunkHeader, Manifest, ObjectStore
 from kv_transfer.frames import token_frame
 from kv_transfer.grpc_stream import GrpcWire
 
-WINDOW = 4  # two being placed or fetched, two on their way
+WINDOW = 3  # one being placed, one on its way, one to spare
 
 
 class RayStoreWire:

@@ -10,6 +10,7 @@ The engine thread calls `wanted` and `ready` (the KVSink hooks); everything else
 import asyncio
 import contextlib
 import hashlib
+import logging
 from array import array
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ from protos import kv_transfer_pb2 as kv
 # Commit answers once the receiver has checked every byte, so it may wait for chunks still on the wire.
 COMMIT_TIMEOUT_S = 30.0
 RELEASE_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 class HandoffFailed(Exception):
@@ -55,6 +57,7 @@ class Handoff:
         target: kv.WorkerRef,
         reserve_timeout_s: float | None,
     ):
+        """`reserve_timeout_s` bounds the wait for pages, None: as long as the run lasts."""
         self._engine = engine
         self._peers = peers
         self._sender = sender
@@ -73,6 +76,10 @@ class Handoff:
         self.cached_tokens = 0
 
     # KVSink, on the engine thread
+
+    @property
+    def receiver(self) -> str:
+        return self._target.worker_id
 
     def wanted(self) -> None:
         self._loop.call_soon_threadsafe(self._start_reserving)
@@ -129,6 +136,7 @@ class Handoff:
     def _start_reserving(self) -> None:
         if not self._closed and self._reserving is None:
             self._reserving = asyncio.create_task(self._reserve())
+            self._reserving.add_done_callback(self._reserved)
 
     async def _reserve(self) -> None:
         try:
@@ -148,18 +156,35 @@ class Handoff:
         except PeerUnavailable as error:
             self._fail(HandoffFailed(inference_pb2.ERROR_REASON_DECODE_WORKER_LOST, str(error), True))
         except grpc.aio.AioRpcError as error:
-            self._fail(_from_status(error, self._target))
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                text = f"{self._target.worker_id} had no pages for it within {self._reserve_timeout_s:g} s"
+                self._fail(HandoffFailed(inference_pb2.ERROR_REASON_NO_GRANT, text, True))
+            else:
+                self._fail(_from_status(error, self._target))
+        except asyncio.CancelledError:
+            # Not by us: the peer left the membership, and its channel was closed under the call.
+            text = f"{self._target.worker_id} left while it was asked for pages"
+            self._fail(HandoffFailed(inference_pb2.ERROR_REASON_DECODE_WORKER_LOST, text, True))
+            raise
         else:
-            self._transfer_id = answer.transfer_id
-            self.cached_tokens = answer.cached_tokens
-            lease_s = answer.lease_ms / 1000
-            self._peer.hold(answer.transfer_id, lease_s, self._peers.source, self._lease_lost)
-            self._outgoing = self._sender.open(self._peer.address, answer.transfer_id)
-            self._engine.grant(self._request.id, answer.cached_tokens // self._engine.layout.block_size)
+            self._begin(self._peer, answer)
+
+    def _begin(self, peer: Peer, answer: kv.ReserveResponse) -> None:
+        self._transfer_id = answer.transfer_id
+        self.cached_tokens = answer.cached_tokens
+        peer.hold(answer.transfer_id, answer.lease_ms / 1000, self._peers.source, self._lease_lost)
+        self._outgoing = self._sender.open(peer.address, answer.transfer_id)
+        self._engine.grant(self._request.id, answer.cached_tokens // self._engine.layout.block_size)
 
     def _lease_lost(self) -> None:
         message = f"the lease of the pages at {self._target.worker_id} is over"
         self._fail(HandoffFailed(inference_pb2.ERROR_REASON_KV_TRANSFER_FAILED, message, True))
+
+    def _reserved(self, task: asyncio.Task) -> None:
+        """A bug in reserving must end the run, not leave it waiting for its deadline."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("reserving for %s failed", self._request.id, exc_info=error)
+            self._fail(HandoffFailed(inference_pb2.ERROR_REASON_INTERNAL, f"{type(error).__name__}: {error}", True))
 
     def _fail(self, error: HandoffFailed) -> None:
         if not self.failed.done():

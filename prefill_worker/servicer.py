@@ -54,21 +54,23 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         except ValueError as error:
             yield _failed(inference_pb2.ERROR_REASON_INVALID_PARAMETER, str(error), False)
             return
-        self.num_runs += 1
-        self.idle.clear()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        self._dispatcher.add(request.id, events.put_nowait)
         handoff = self._handoff(message, request) if message.HasField("target") else None
         try:
-            try:
-                self._engine.submit(request, handoff)
-            except ValueError as error:
-                yield _failed(inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, str(error), False)
-                return
+            self._engine.submit(request, handoff)
+        except ValueError as error:
+            yield _failed(inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, str(error), False)
+            return
+        # Before the loop runs again, so before the first event can be delivered.
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self._dispatcher.add(request.id, events.put_nowait)
+        self.num_runs += 1
+        self.num_handoffs += handoff is not None
+        self.idle.clear()
+        try:
             async for event in self._run(request, handoff, events):
                 yield event
         except HandoffFailed as error:
-            yield _failed(error.reason, error.message, error.retryable)
+            yield _failed(error.reason, error.message, error.retryable, handoff)
         finally:
             # The handler may be running because the call was cancelled: what is held must still be given back, and in
             # order, so it is a task of its own.
@@ -93,7 +95,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 case Token() as token:
                     tokens.append(token)
                 case Failed(reason=reason, message=text):
-                    yield _failed(f"ERROR_REASON_{reason}", text, False)
+                    yield _failed(f"ERROR_REASON_{reason}", text, False, handoff)
                     return
         tokens.sort(key=lambda token: token.sequence_index)
         first = worker_pb2.FirstTokens(tokens=[first_token_to_pb(token, request.sampling.seed) for token in tokens])
@@ -129,7 +131,6 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 self.idle.set()
 
     def _handoff(self, message: worker_pb2.PrefillRequest, request: Request) -> Handoff:
-        self.num_handoffs += 1
         run = message.request
         return Handoff(
             engine=self._engine,
@@ -138,7 +139,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             request=request,
             run=(run.run_id, run.attempt),
             target=message.target,
-            reserve_timeout_s=run.remaining.ToSeconds() + 1.0 if run.HasField("remaining") else None,
+            reserve_timeout_s=message.grant_within.ToNanoseconds() / 1e9 if message.HasField("grant_within") else None,
         )
 
 
@@ -156,5 +157,10 @@ async def _next_event(events: asyncio.Queue[Event], handoff: Handoff | None) -> 
         getting.cancel()
 
 
-def _failed(reason: inference_pb2.ErrorReason | str, message: str, retryable: bool) -> worker_pb2.PrefillEvent:
-    return worker_pb2.PrefillEvent(failed=worker_pb2.Failed(reason=reason, message=message, retryable=retryable))
+def _failed(
+    reason: inference_pb2.ErrorReason | str, message: str, retryable: bool, handoff: Handoff | None = None
+) -> worker_pb2.PrefillEvent:
+    num_bytes = handoff.num_bytes if handoff is not None else 0
+    return worker_pb2.PrefillEvent(
+        failed=worker_pb2.Failed(reason=reason, message=message, retryable=retryable, num_bytes=num_bytes)
+    )

@@ -27,17 +27,17 @@ from protos import inference_pb2 as protos_dot_inference__pb2
 from protos import kv_transfer_pb2 as protos_dot_kv__transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/worker.proto\x12\npdserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16protos/inference.proto\x1a\x18protos/kv_transfer.proto\"\x8f\x01\n\x06Member\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.pdserve.v1.WorkerRole\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.pdserve.v1.WorkerState\".\n\x07Members\x12#\n\x07members\x18\x01 \x03(\x0b\x32\x12.pdserve.v1.Member\"\x12\n\x10GetWorkerRequest\"\xd9\x01\n\x11GetWorkerResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.pdserve.v1.WorkerRole\x12$\n\x06layout\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.KvLayout\x12$\n\x05model\x18\x05 \x01(\x0b\x32\x15.pdserve.v1.ModelInfo\x12\x17\n\x0ftotal_kv_blocks\x18\x06 \x01(\r\x12\x11\n\ttransport\x18\x07 \x01(\t\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb2\x03\n\nWorkerLoad\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.pdserve.v1.WorkerState\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x17\n\x0freserved_blocks\x18\x07 \x01(\r\x12\x15\n\rpinned_blocks\x18\x08 \x01(\r\x12\x1b\n\x13transfers_in_flight\x18\t \x01(\r\x12\r\n\x05steps\x18\n \x01(\x04\x12\x1e\n\x16prompt_tokens_computed\x18\x0b \x01(\x04\x12\x1c\n\x14prompt_tokens_cached\x18\x0c \x01(\x04\x12\x18\n\x10tokens_generated\x18\r \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0e \x01(\x04\x12\x15\n\rkv_bytes_sent\x18\x0f \x01(\x04\x12\x19\n\x11kv_bytes_received\x18\x10 \x01(\x04\x12\x10\n\x08num_runs\x18\x11 \x01(\r\"\x0e\n\x0c\x44rainRequest\"\'\n\rDrainResponse\x12\x16\n\x0eremaining_runs\x18\x01 \x01(\r\"\xd6\x02\n\rEngineRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12.\n\x08stopping\x18\x06 \x01(\x0b\x32\x1c.pdserve.v1.StoppingCriteria\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x08 \x01(\x0c\x12\x1b\n\x13\x62ypass_prefix_cache\x18\t \x01(\x08\x12\x10\n\x08priority\x18\n \x01(\x05\x12,\n\tremaining\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationB\x0b\n\t_logprobs\"c\n\x0ePrefillRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.pdserve.v1.EngineRequest\x12%\n\x06target\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\"\xcd\x01\n\x0cPrefillEvent\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.pdserve.v1.PrefillStartedH\x00\x12/\n\x0c\x66irst_tokens\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.FirstTokensH\x00\x12.\n\x0btransferred\x18\x03 \x01(\x0b\x32\x17.pdserve.v1.TransferredH\x00\x12$\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x12.pdserve.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\'\n\x0ePrefillStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"a\n\x0b\x46irstTokens\x12&\n\x06tokens\x18\x01 \x03(\x0b\x32\x16.pdserve.v1.FirstToken\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"v\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x07logprob\x18\x02 \x01(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12+\n\x0b\x66inish_info\x18\x03 \x01(\x0b\x32\x16.pdserve.v1.FinishInfo\"J\n\x0bTransferred\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"U\n\x06\x46\x61iled\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.pdserve.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\x8b\x01\n\x0eSessionCommand\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.pdserve.v1.HelloH\x00\x12$\n\x06\x65xpect\x18\x02 \x01(\x0b\x32\x12.pdserve.v1.ExpectH\x00\x12$\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.CancelH\x00\x42\t\n\x07\x63ommand\"/\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"[\n\x06\x45xpect\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.pdserve.v1.EngineRequest\x12%\n\x06source\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\")\n\x06\x43\x61ncel\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"C\n\x0bSessionStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x15.pdserve.v1.StepEntry\"\xf8\x02\n\tStepEntry\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0esequence_index\x18\x03 \x01(\r\x12\x14\n\x0ctoken_offset\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12*\n\x08logprobs\x18\x06 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12+\n\x0b\x66inish_info\x18\x07 \x01(\x0b\x32\x16.pdserve.v1.FinishInfo\x12&\n\x07\x61\x64opted\x18\x08 \x01(\x0b\x32\x13.pdserve.v1.AdoptedH\x00\x12*\n\tpreempted\x18\t \x01(\x0b\x32\x15.pdserve.v1.PreemptedH\x00\x12$\n\x06\x66\x61iled\x18\n \x01(\x0b\x32\x12.pdserve.v1.FailedH\x00\x12-\n\x07started\x18\x0b \x01(\x0b\x32\x1a.pdserve.v1.PrefillStartedH\x00\x42\x07\n\x05\x65vent\"\t\n\x07\x41\x64opted\"\x0b\n\tPreempted*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03*\xaf\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x1a\n\x16WORKER_STATE_UNHEALTHY\x10\x04\x12\x18\n\x14WORKER_STATE_STOPPED\x10\x05\x32\xdc\x01\n\rWorkerService\x12H\n\tGetWorker\x12\x1c.pdserve.v1.GetWorkerRequest\x1a\x1d.pdserve.v1.GetWorkerResponse\x12\x43\n\tWatchLoad\x12\x1c.pdserve.v1.WatchLoadRequest\x1a\x16.pdserve.v1.WorkerLoad0\x01\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x19.pdserve.v1.DrainResponse2S\n\x0ePrefillService\x12\x41\n\x07Prefill\x12\x1a.pdserve.v1.PrefillRequest\x1a\x18.pdserve.v1.PrefillEvent0\x01\x32S\n\rDecodeService\x12\x42\n\x07Session\x12\x1a.pdserve.v1.SessionCommand\x1a\x17.pdserve.v1.SessionStep(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/worker.proto\x12\npdserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16protos/inference.proto\x1a\x18protos/kv_transfer.proto\"\x8f\x01\n\x06Member\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.pdserve.v1.WorkerRole\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.pdserve.v1.WorkerState\".\n\x07Members\x12#\n\x07members\x18\x01 \x03(\x0b\x32\x12.pdserve.v1.Member\"\x12\n\x10GetWorkerRequest\"\xd9\x01\n\x11GetWorkerResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.pdserve.v1.WorkerRole\x12$\n\x06layout\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.KvLayout\x12$\n\x05model\x18\x05 \x01(\x0b\x32\x15.pdserve.v1.ModelInfo\x12\x17\n\x0ftotal_kv_blocks\x18\x06 \x01(\r\x12\x11\n\ttransport\x18\x07 \x01(\t\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb2\x03\n\nWorkerLoad\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.pdserve.v1.WorkerState\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x17\n\x0freserved_blocks\x18\x07 \x01(\r\x12\x15\n\rpinned_blocks\x18\x08 \x01(\r\x12\x1b\n\x13transfers_in_flight\x18\t \x01(\r\x12\r\n\x05steps\x18\n \x01(\x04\x12\x1e\n\x16prompt_tokens_computed\x18\x0b \x01(\x04\x12\x1c\n\x14prompt_tokens_cached\x18\x0c \x01(\x04\x12\x18\n\x10tokens_generated\x18\r \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0e \x01(\x04\x12\x15\n\rkv_bytes_sent\x18\x0f \x01(\x04\x12\x19\n\x11kv_bytes_received\x18\x10 \x01(\x04\x12\x10\n\x08num_runs\x18\x11 \x01(\r\"\x0e\n\x0c\x44rainRequest\"\'\n\rDrainResponse\x12\x16\n\x0eremaining_runs\x18\x01 \x01(\r\"\xd6\x02\n\rEngineRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12.\n\x08stopping\x18\x06 \x01(\x0b\x32\x1c.pdserve.v1.StoppingCriteria\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x08 \x01(\x0c\x12\x1b\n\x13\x62ypass_prefix_cache\x18\t \x01(\x08\x12\x10\n\x08priority\x18\n \x01(\x05\x12,\n\tremaining\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationB\x0b\n\t_logprobs\"\x94\x01\n\x0ePrefillRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.pdserve.v1.EngineRequest\x12%\n\x06target\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12/\n\x0cgrant_within\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xcd\x01\n\x0cPrefillEvent\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.pdserve.v1.PrefillStartedH\x00\x12/\n\x0c\x66irst_tokens\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.FirstTokensH\x00\x12.\n\x0btransferred\x18\x03 \x01(\x0b\x32\x17.pdserve.v1.TransferredH\x00\x12$\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x12.pdserve.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\'\n\x0ePrefillStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"a\n\x0b\x46irstTokens\x12&\n\x06tokens\x18\x01 \x03(\x0b\x32\x16.pdserve.v1.FirstToken\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"v\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x07logprob\x18\x02 \x01(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12+\n\x0b\x66inish_info\x18\x03 \x01(\x0b\x32\x16.pdserve.v1.FinishInfo\"J\n\x0bTransferred\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"h\n\x06\x46\x61iled\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.pdserve.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\x8b\x01\n\x0eSessionCommand\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.pdserve.v1.HelloH\x00\x12$\n\x06\x65xpect\x18\x02 \x01(\x0b\x32\x12.pdserve.v1.ExpectH\x00\x12$\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.CancelH\x00\x42\t\n\x07\x63ommand\"/\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"[\n\x06\x45xpect\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.pdserve.v1.EngineRequest\x12%\n\x06source\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\")\n\x06\x43\x61ncel\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"C\n\x0bSessionStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x15.pdserve.v1.StepEntry\"\xf8\x02\n\tStepEntry\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0esequence_index\x18\x03 \x01(\r\x12\x14\n\x0ctoken_offset\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12*\n\x08logprobs\x18\x06 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12+\n\x0b\x66inish_info\x18\x07 \x01(\x0b\x32\x16.pdserve.v1.FinishInfo\x12&\n\x07\x61\x64opted\x18\x08 \x01(\x0b\x32\x13.pdserve.v1.AdoptedH\x00\x12*\n\tpreempted\x18\t \x01(\x0b\x32\x15.pdserve.v1.PreemptedH\x00\x12$\n\x06\x66\x61iled\x18\n \x01(\x0b\x32\x12.pdserve.v1.FailedH\x00\x12-\n\x07started\x18\x0b \x01(\x0b\x32\x1a.pdserve.v1.PrefillStartedH\x00\x42\x07\n\x05\x65vent\"\t\n\x07\x41\x64opted\"\x0b\n\tPreempted*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03*\xaf\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x1a\n\x16WORKER_STATE_UNHEALTHY\x10\x04\x12\x18\n\x14WORKER_STATE_STOPPED\x10\x05\x32\xdc\x01\n\rWorkerService\x12H\n\tGetWorker\x12\x1c.pdserve.v1.GetWorkerRequest\x1a\x1d.pdserve.v1.GetWorkerResponse\x12\x43\n\tWatchLoad\x12\x1c.pdserve.v1.WatchLoadRequest\x1a\x16.pdserve.v1.WorkerLoad0\x01\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x19.pdserve.v1.DrainResponse2S\n\x0ePrefillService\x12\x41\n\x07Prefill\x12\x1a.pdserve.v1.PrefillRequest\x1a\x18.pdserve.v1.PrefillEvent0\x01\x32S\n\rDecodeService\x12\x42\n\x07Session\x12\x1a.pdserve.v1.SessionCommand\x1a\x17.pdserve.v1.SessionStep(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=2986
-  _globals['_WORKERROLE']._serialized_end=3098
-  _globals['_WORKERSTATE']._serialized_start=3101
-  _globals['_WORKERSTATE']._serialized_end=3276
+  _globals['_WORKERROLE']._serialized_start=3055
+  _globals['_WORKERROLE']._serialized_end=3167
+  _globals['_WORKERSTATE']._serialized_start=3170
+  _globals['_WORKERSTATE']._serialized_end=3345
   _globals['_MEMBER']._serialized_start=118
   _globals['_MEMBER']._serialized_end=261
   _globals['_MEMBERS']._serialized_start=263
@@ -56,40 +56,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINRESPONSE']._serialized_end=1108
   _globals['_ENGINEREQUEST']._serialized_start=1111
   _globals['_ENGINEREQUEST']._serialized_end=1453
-  _globals['_PREFILLREQUEST']._serialized_start=1455
-  _globals['_PREFILLREQUEST']._serialized_end=1554
-  _globals['_PREFILLEVENT']._serialized_start=1557
-  _globals['_PREFILLEVENT']._serialized_end=1762
-  _globals['_PREFILLSTARTED']._serialized_start=1764
-  _globals['_PREFILLSTARTED']._serialized_end=1803
-  _globals['_FIRSTTOKENS']._serialized_start=1805
-  _globals['_FIRSTTOKENS']._serialized_end=1902
-  _globals['_FIRSTTOKEN']._serialized_start=1904
-  _globals['_FIRSTTOKEN']._serialized_end=2022
-  _globals['_TRANSFERRED']._serialized_start=2024
-  _globals['_TRANSFERRED']._serialized_end=2098
-  _globals['_FAILED']._serialized_start=2100
-  _globals['_FAILED']._serialized_end=2185
-  _globals['_SESSIONCOMMAND']._serialized_start=2188
-  _globals['_SESSIONCOMMAND']._serialized_end=2327
-  _globals['_HELLO']._serialized_start=2329
-  _globals['_HELLO']._serialized_end=2376
-  _globals['_EXPECT']._serialized_start=2378
-  _globals['_EXPECT']._serialized_end=2469
-  _globals['_CANCEL']._serialized_start=2471
-  _globals['_CANCEL']._serialized_end=2512
-  _globals['_SESSIONSTEP']._serialized_start=2514
-  _globals['_SESSIONSTEP']._serialized_end=2581
-  _globals['_STEPENTRY']._serialized_start=2584
-  _globals['_STEPENTRY']._serialized_end=2960
-  _globals['_ADOPTED']._serialized_start=2962
-  _globals['_ADOPTED']._serialized_end=2971
-  _globals['_PREEMPTED']._serialized_start=2973
-  _globals['_PREEMPTED']._serialized_end=2984
-  _globals['_WORKERSERVICE']._serialized_start=3279
-  _globals['_WORKERSERVICE']._serialized_end=3499
-  _globals['_PREFILLSERVICE']._serialized_start=3501
-  _globals['_PREFILLSERVICE']._serialized_end=3584
-  _globals['_DECODESERVICE']._serialized_start=3586
-  _globals['_DECODESERVICE']._serialized_end=3669
+  _globals['_PREFILLREQUEST']._serialized_start=1456
+  _globals['_PREFILLREQUEST']._serialized_end=1604
+  _globals['_PREFILLEVENT']._serialized_start=1607
+  _globals['_PREFILLEVENT']._serialized_end=1812
+  _globals['_PREFILLSTARTED']._serialized_start=1814
+  _globals['_PREFILLSTARTED']._serialized_end=1853
+  _globals['_FIRSTTOKENS']._serialized_start=1855
+  _globals['_FIRSTTOKENS']._serialized_end=1952
+  _globals['_FIRSTTOKEN']._serialized_start=1954
+  _globals['_FIRSTTOKEN']._serialized_end=2072
+  _globals['_TRANSFERRED']._serialized_start=2074
+  _globals['_TRANSFERRED']._serialized_end=2148
+  _globals['_FAILED']._serialized_start=2150
+  _globals['_FAILED']._serialized_end=2254
+  _globals['_SESSIONCOMMAND']._serialized_start=2257
+  _globals['_SESSIONCOMMAND']._serialized_end=2396
+  _globals['_HELLO']._serialized_start=2398
+  _globals['_HELLO']._serialized_end=2445
+  _globals['_EXPECT']._serialized_start=2447
+  _globals['_EXPECT']._serialized_end=2538
+  _globals['_CANCEL']._serialized_start=2540
+  _globals['_CANCEL']._serialized_end=2581
+  _globals['_SESSIONSTEP']._serialized_start=2583
+  _globals['_SESSIONSTEP']._serialized_end=2650
+  _globals['_STEPENTRY']._serialized_start=2653
+  _globals['_STEPENTRY']._serialized_end=3029
+  _globals['_ADOPTED']._serialized_start=3031
+  _globals['_ADOPTED']._serialized_end=3040
+  _globals['_PREEMPTED']._serialized_start=3042
+  _globals['_PREEMPTED']._serialized_end=3053
+  _globals['_WORKERSERVICE']._serialized_start=3348
+  _globals['_WORKERSERVICE']._serialized_end=3568
+  _globals['_PREFILLSERVICE']._serialized_start=3570
+  _globals['_PREFILLSERVICE']._serialized_end=3653
+  _globals['_DECODESERVICE']._serialized_start=3655
+  _globals['_DECODESERVICE']._serialized_end=3738
 # @@protoc_insertion_point(module_scope)

@@ -161,12 +161,14 @@ class EngineRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[_inference_pb2.StoppingCriteria, _Mapping]] = ..., logprobs: _Optional[int] = ..., cache_namespace: _Optional[bytes] = ..., bypass_prefix_cache: bool = ..., priority: _Optional[int] = ..., remaining: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "target")
+    __slots__ = ("request", "target", "grant_within")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
+    GRANT_WITHIN_FIELD_NUMBER: _ClassVar[int]
     request: EngineRequest
     target: _kv_transfer_pb2.WorkerRef
-    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., target: _Optional[_Union[_kv_transfer_pb2.WorkerRef, _Mapping]] = ...) -> None: ...
+    grant_within: _duration_pb2.Duration
+    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., target: _Optional[_Union[_kv_transfer_pb2.WorkerRef, _Mapping]] = ..., grant_within: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("started", "first_tokens", "transferred", "failed")
@@ -215,14 +217,16 @@ class Transferred(_message.Message):
     def __init__(self, num_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
-    __slots__ = ("reason", "message", "retryable")
+    __slots__ = ("reason", "message", "retryable", "num_bytes")
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRYABLE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     reason: _inference_pb2.ErrorReason
     message: str
     retryable: bool
-    def __init__(self, reason: _Optional[_Union[_inference_pb2.ErrorReason, str]] = ..., message: _Optional[str] = ..., retryable: bool = ...) -> None: ...
+    num_bytes: int
+    def __init__(self, reason: _Optional[_Union[_inference_pb2.ErrorReason, str]] = ..., message: _Optional[str] = ..., retryable: bool = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class SessionCommand(_message.Message):
     __slots__ = ("hello", "expect", "cancel")

@@ -18,7 +18,7 @@ import grpc
 from protos import inference_pb2 as pb
 from protos import worker_pb2 as wpb
 from router.errors import AttemptFailed
-from router.policy import Route
+from router.policy import Route, blocks_at_start
 from router.sequence import Sequence
 from router.worker_client import WorkerClient
 
@@ -37,9 +37,19 @@ class Listener(Protocol):
 
 
 class Attempt:
-    """Marks of time are time.monotonic(), None until it happened. `failure` is set at most once."""
+    """Marks of time are time.monotonic(), None until it happened. `failure` is set at most once.
 
-    def __init__(self, listener: Listener, request: wpb.EngineRequest, route: Route, timeout_s: float):
+    `grant_within_s`: how long to wait for D's pages before failing with NO_GRANT; None: as long as the run lasts.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        request: wpb.EngineRequest,
+        route: Route,
+        timeout_s: float,
+        grant_within_s: float | None = None,
+    ):
         self.run_id = request.run_id
         self.number = request.attempt
         self.route = route
@@ -51,11 +61,13 @@ class Attempt:
         self.adopted_at: float | None = None
         self.decoded_at: float | None = None  # first token of the decode worker
         self.transferred: wpb.Transferred | None = None
+        self.lost_bytes = 0  # KV that a failed transfer had moved
         self.num_preemptions = 0
         self.last_news_at = time.monotonic()
         self._listener = listener
         self._request = request
         self._timeout_s = timeout_s
+        self._grant_within_s = grant_within_s
         self._held: list[wpb.StepEntry] = []
         self._prefill_call: Any = None
         self._prefill_task: asyncio.Task[None] | None = None
@@ -63,6 +75,7 @@ class Attempt:
         self._expected = False  # D was told, and has neither finished nor failed the run
         self._counted_prompt: WorkerClient | None = None
         self._counted_sequences = 0
+        self._counted_blocks = 0
 
     @property
     def is_local(self) -> bool:
@@ -78,14 +91,18 @@ class Attempt:
             decode.admit(self)
             self._counted_sequences = self._request.sampling.num_sequences
             decode.num_sequences += self._counted_sequences
+            self._counted_blocks = blocks_at_start(decode, len(self._request.token_ids), self._counted_sequences)
+            decode.promised_blocks += self._counted_blocks
             source = prefill.ref if prefill is not None else None
             decode.command(wpb.SessionCommand(expect=wpb.Expect(request=self._request, source=source)))
             self._expected = True
         if prefill is not None:
             prefill.admit(self)
             target = decode.ref if decode is not None else None
-            call = prefill.prefill(wpb.PrefillRequest(request=self._request, target=target), self._timeout_s)
-            self._prefill_call = call
+            request = wpb.PrefillRequest(request=self._request, target=target)
+            if target is not None and self._grant_within_s is not None:
+                request.grant_within.FromNanoseconds(int(self._grant_within_s * 1e9))
+            self._prefill_call = call = prefill.prefill(request, self._timeout_s)
             self._prefill_task = asyncio.create_task(self._read_prefill(prefill, call))
 
     def close(self) -> None:
@@ -98,6 +115,7 @@ class Attempt:
             cancel = wpb.Cancel(run_id=self.run_id, attempt=self.number)
             self.route.decode.command(wpb.SessionCommand(cancel=cancel))
         self._prompt_done()
+        self._holds_blocks()
         for worker in (self.route.prefill, self.route.decode):
             if worker is not None:
                 worker.dismiss(self)
@@ -117,8 +135,8 @@ class Attempt:
 
     def on_worker_lost(self, client: WorkerClient, why: str) -> None:
         is_prefill = client is self.route.prefill
-        if is_prefill and (self.adopted_at is not None or self._is_over()):
-            return  # the run lives at D now
+        if is_prefill and (self._lives_at_d or self._is_over()):
+            return
         if not is_prefill:
             self._expected = False  # the broken session has already ended it there
         self.fail(_lost(client, is_prefill, why))
@@ -139,6 +157,7 @@ class Attempt:
             return
         if event == "adopted":
             self.adopted_at = self.last_news_at
+            self._holds_blocks()
         elif event == "preempted":
             self.num_preemptions += 1
         elif event == "started":
@@ -157,6 +176,7 @@ class Attempt:
         if self.is_local and self.first_tokens_at is None:
             self.first_tokens_at = now
             self._prompt_done()
+            self._holds_blocks()
         elif self.decoded_at is None:
             self.decoded_at = now
         finish = entry.finish_info if entry.HasField("finish_info") else None
@@ -184,7 +204,8 @@ class Attempt:
                     break
                 self.last_news_at = time.monotonic()
                 self._on_prefill_event(worker, event)
-            if self.transferred is None and not self._is_over() and self.adopted_at is None:
+            handed_over = self.transferred is not None and self.first_tokens_at is not None
+            if not (handed_over or self._lives_at_d or self._is_over()):
                 self.fail(_lost(worker, True, "it ended the prefill stream before the KV was handed over"))
         except grpc.aio.AioRpcError as error:
             self._on_prefill_broken(worker, error)
@@ -202,7 +223,8 @@ class Attempt:
             self._on_first_tokens(event.first_tokens)
         elif kind == "transferred":
             self.transferred = event.transferred
-        elif kind == "failed" and self.adopted_at is None:
+        elif kind == "failed" and not self._lives_at_d:
+            self.lost_bytes = event.failed.num_bytes
             self._fail_at(worker, event.failed)
 
     def _on_first_tokens(self, first: wpb.FirstTokens) -> None:
@@ -229,7 +251,7 @@ class Attempt:
     def _on_prefill_broken(self, worker: WorkerClient, error: grpc.aio.AioRpcError) -> None:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             worker.suspect(f"a prefill stream broke: {error.details()}")
-        if self.adopted_at is not None or self._is_over():
+        if self._lives_at_d or self._is_over():
             return
         why = f"{error.code().name}: {error.details()}"
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -245,6 +267,7 @@ class Attempt:
         blamed = {
             pb.ERROR_REASON_PREFILL_WORKER_LOST: [self.route.prefill],
             pb.ERROR_REASON_DECODE_WORKER_LOST: [self.route.decode],
+            pb.ERROR_REASON_NO_GRANT: [self.route.decode],
             pb.ERROR_REASON_KV_TRANSFER_FAILED: [self.route.prefill, self.route.decode],
             pb.ERROR_REASON_KV_TRANSFER_CORRUPT: [self.route.prefill, self.route.decode],
         }.get(failed.reason, [worker])
@@ -258,8 +281,19 @@ class Attempt:
         message = "a bug of the router; its log says more"
         self.fail(AttemptFailed(pb.ERROR_REASON_INTERNAL, message, retryable=False))
 
+    @property
+    def _lives_at_d(self) -> bool:
+        """Whether the run goes on without P: D has its KV, and P has nothing more to say that the client needs."""
+        return self.adopted_at is not None and (self.is_local or self.first_tokens_at is not None)
+
     def _is_over(self) -> bool:
         return all(sequence.is_over for sequence in self._listener.sequences)
+
+    def _holds_blocks(self) -> None:
+        """What was promised to this attempt at D is now in D's own figures, or given up."""
+        if self.route.decode is not None:
+            self.route.decode.promised_blocks -= self._counted_blocks
+            self._counted_blocks = 0
 
     def _prompt_done(self) -> None:
         if self._counted_prompt is not None:

@@ -37,9 +37,12 @@ class RouterConfig:
     port: int = 0  # 0: any free one
     router_id: str = "router-0"
     limits: Limits = field(default_factory=Limits)
-    max_attempts: int = 3  # per request, the first included; refusals of draining workers do not count
-    start_wait_s: float = 2.0  # a request waits this long for workers that are starting
-    retry_wait_s: float = 10.0  # a retry waits this long for a healthy worker
+    max_attempts: int = 3  # per request, the first included; refusals of draining or full workers do not count
+    start_wait_s: float = 15.0  # a request waits this long for workers that are starting or being restarted
+    retry_wait_s: float = 15.0  # a retry waits this long for a healthy worker
+    grant_wait_s: float = (
+        1.0  # a run waits this long for a decode worker's pages before it tries another; then twice it
+    )
     progress_s: float = 30.0  # longest silence of an attempt while its workers' engines do not step, or hand KV over
     max_silence_s: float = 600.0  # longest silence at all: a run may be queued or preempted while others go on
     worker_silence_s: float = 5.0  # a worker sends its load at least every second
@@ -58,7 +61,7 @@ class RouterConfig:
         _check("max_attempts", self.max_attempts, 1, 16)
         _check("start_wait_s", self.start_wait_s, 0, 600)
         _check("retry_wait_s", self.retry_wait_s, 0, 600)
-        for name in ("progress_s", "max_silence_s", "worker_silence_s", "load_interval_s", "max_run_s"):
+        for name in ("grant_wait_s", "progress_s", "max_silence_s", "worker_silence_s", "load_interval_s", "max_run_s"):
             _check(name, getattr(self, name), 0.01, 86400)
         _check("max_buffered_tokens", self.max_buffered_tokens, 16, 2**24)
         _check("affinity_tokens", self.affinity_tokens, 1, 4096)

@@ -42,6 +42,7 @@ _STATUS: dict[int, tuple[grpc.StatusCode, float | None]] = {  # reason -> (statu
     pb.ERROR_REASON_NON_FINITE_LOGITS: (grpc.StatusCode.INTERNAL, None),
     pb.ERROR_REASON_CANCELLED: (grpc.StatusCode.CANCELLED, None),
     pb.ERROR_REASON_INTERNAL: (grpc.StatusCode.INTERNAL, None),
+    pb.ERROR_REASON_NO_GRANT: (grpc.StatusCode.UNAVAILABLE, 1.0),
 }
 
 

@@ -12,10 +12,9 @@ several sequences cannot be resumed from one prompt: once tokens are committed i
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
-
-from google.protobuf import duration_pb2
 
 from protos import inference_pb2 as pb
 from protos import worker_pb2 as wpb
@@ -26,6 +25,7 @@ from router.policy import Need, affinity_key
 from router.pool import Pool
 from router.sequence import Sequence
 from router.stop import Stops, StopScanner
+from router.timings import Record, to_duration
 from router.tokenizer import Tokenizer
 from router.validate import Accepted
 
@@ -34,6 +34,7 @@ Send = Callable[[pb.GenerateStreamResponse], Awaitable[Any]]
 TRANSFER_REPORT_WAIT_S = 0.25  # the last message names the bytes moved; P's report may lag behind D's tokens
 RETRY_DELAYS_S = (0.0, 0.05, 0.25, 1.0)
 MAX_DRAIN_REFUSALS = 16
+MAX_GRANT_DOUBLINGS = 4  # a full deployment is not asked in circles: each round keeps its place in a queue for longer
 
 
 class Pipeline:
@@ -61,19 +62,15 @@ class Pipeline:
         self.attempt: Attempt | None = None
         self._pool = pool
         self._config = config
-        self._received_at = received_at
+        self._record = Record(received_at)
         self._deadline = deadline
         self._stopping = _worker_stopping(accepted)
         self._wake = asyncio.Event()
         self._aborted = False
+        self._between: asyncio.Timeout | None = None  # while there is no attempt: what an abort cuts short
         self._failure: RequestError | None = None
         self._task: asyncio.Task[Any] | None = None
-        self._num_attempts = 0
-        self._transfer_bytes = 0
-        self._num_preemptions = 0
         self._num_sent = 0  # messages
-        self._first_sent_at: float | None = None
-        self._last_sent_at: float | None = None
 
     async def run(self, send: Send) -> None:
         """Sends every message of the request, the last one with usage and timings. RequestError if it fails.
@@ -87,7 +84,7 @@ class Pipeline:
         except TimeoutError:
             raise RequestError(
                 pb.ERROR_REASON_DEADLINE_EXCEEDED,
-                f"deadline exceeded after {time.monotonic() - self._received_at:.3f} s",
+                f"deadline exceeded after {time.monotonic() - self._record.received_at:.3f} s",
             ) from None
         except asyncio.CancelledError:
             if self._failure is None:
@@ -103,6 +100,8 @@ class Pipeline:
         """Ends the request with what it has; its sequences finish as ABORTED."""
         self._aborted = True
         self._wake.set()
+        if self._between is not None:
+            self._between.reschedule(0)
 
     def fail(self, error: RequestError) -> None:
         """Ends the request from outside, even while it is stuck in a write to a client that does not read."""
@@ -140,6 +139,8 @@ class Pipeline:
             return
         if is_handing_over:
             reason = pb.ERROR_REASON_KV_TRANSFER_FAILED
+        elif prefill is not None and attempt.started_at is None and decode is not None:
+            reason = pb.ERROR_REASON_KV_TRANSFER_FAILED  # either P does not compute it, or D does not take it
         elif prefill is not None and attempt.first_tokens_at is None:
             reason, workers = pb.ERROR_REASON_PREFILL_WORKER_LOST, [prefill]
         else:
@@ -159,23 +160,48 @@ class Pipeline:
         return "decoding" if attempt.adopted_at is not None or attempt.is_local else "transferring"
 
     async def _run(self, send: Send) -> None:
-        failures = refusals = 0
+        failures = refusals = shortages = 0
         avoid: frozenset[str] = frozenset()
+        full: frozenset[str] = frozenset()  # had no pages for the attempt before
         cause: AttemptFailed | None = None
-        while True:
+        while not self._aborted:
             try:
-                await self._start_attempt(avoid, cause)
-                await self._forward(send)
-                return
+                async with self._until_abort():
+                    await self._start_attempt(avoid, full, shortages, cause)
+                if self.attempt is not None:
+                    await self._forward(send)
+                    return
             except AttemptFailed as error:
                 self._leave_for_retry()
-                if error.reason == pb.ERROR_REASON_DRAINING and error.retryable and refusals < MAX_DRAIN_REFUSALS:
+                full, cause = frozenset(), error
+                if error.reason == pb.ERROR_REASON_NO_GRANT and error.retryable:
+                    # A matter of load, not a fault: it costs none of the attempts, and only the deadline bounds it.
+                    pause_s = RETRY_DELAYS_S[min(shortages, len(RETRY_DELAYS_S) - 1)]
+                    shortages += 1
+                    full = error.at_fault
+                elif error.reason == pb.ERROR_REASON_DRAINING and error.retryable and refusals < MAX_DRAIN_REFUSALS:
                     refusals += 1
+                    avoid, pause_s = avoid | error.at_fault, 0.01
                 else:
+                    self._give_up_or_continue(error, failures + 1)
+                    pause_s = RETRY_DELAYS_S[min(failures, len(RETRY_DELAYS_S) - 1)]
                     failures += 1
-                    self._give_up_or_continue(error, failures)
-                avoid, cause = avoid | error.at_fault, error
-                await asyncio.sleep(RETRY_DELAYS_S[min(failures, len(RETRY_DELAYS_S)) - 1] if failures else 0.01)
+                    avoid |= error.at_fault
+                async with self._until_abort():
+                    await asyncio.sleep(pause_s)
+        await self._finish(self._take_messages() + self._abort_messages(), send)
+
+    @asynccontextmanager
+    async def _until_abort(self) -> AsyncIterator[None]:
+        """What is waited for inside ends early, without an error, when the request is aborted."""
+        try:
+            async with asyncio.timeout(None) as self._between:
+                yield
+        except TimeoutError:
+            if not self._aborted:
+                raise
+        finally:
+            self._between = None
 
     def _give_up_or_continue(self, error: AttemptFailed, failures: int) -> None:
         """Raises what the caller will hear, unless another attempt makes sense."""
@@ -184,7 +210,9 @@ class Pipeline:
         if len(self.sequences) > 1 and any(s.token_ids for s in self.sequences):
             raise error
 
-    async def _start_attempt(self, avoid: frozenset[str], cause: AttemptFailed | None) -> None:
+    async def _start_attempt(
+        self, avoid: frozenset[str], full: frozenset[str], shortages: int, cause: AttemptFailed | None
+    ) -> None:
         """`cause` is the failure of the attempt before, which the caller hears if no worker is left to try."""
         accepted = self.accepted
         committed = self.sequences[0].token_ids if len(self.sequences) == 1 else []
@@ -192,18 +220,19 @@ class Pipeline:
         need = Need(
             key=affinity_key(accepted.session_id, accepted.token_ids, self._config.affinity_tokens),
             num_tokens=len(token_ids),
+            num_total_tokens=len(accepted.token_ids) + accepted.stopping.max_tokens,
             num_sequences=len(self.sequences),
             first_token_only=accepted.stopping.max_tokens - len(committed) == 1,
         )
         wait_s = self._config.start_wait_s if cause is None else self._config.retry_wait_s
         try:
-            route = await self._pool.route(need, avoid, wait_s, wait_for_any=cause is not None)
+            route = await self._pool.route(need, avoid, full, wait_s, wait_for_any=cause is not None)
         except RequestError as error:
             raise cause if cause is not None and error.reason == pb.ERROR_REASON_NO_HEALTHY_WORKER else error from None
         remaining_s = max(0.001, self._deadline - time.monotonic())
         request = wpb.EngineRequest(
             run_id=self.run_id,
-            attempt=self._num_attempts,
+            attempt=self._record.num_attempts,
             token_ids=token_ids,
             num_prompt_tokens=len(accepted.token_ids),
             sampling=accepted.sampling,
@@ -212,10 +241,11 @@ class Pipeline:
             cache_namespace=accepted.cache_namespace,
             bypass_prefix_cache=accepted.bypass_prefix_cache,
             priority=accepted.priority,
-            remaining=_duration(remaining_s),
+            remaining=to_duration(remaining_s),
         )
-        self.attempt = Attempt(self, request, route, remaining_s)
-        self._num_attempts += 1
+        grant_within_s = self._config.grant_wait_s * 2 ** min(shortages, MAX_GRANT_DOUBLINGS)
+        self.attempt = Attempt(self, request, route, remaining_s, grant_within_s if route.has_other_decode else None)
+        self._record.num_attempts += 1
         self.attempt.start()
 
     async def _forward(self, send: Send) -> None:
@@ -251,10 +281,7 @@ class Pipeline:
     async def _finish(self, messages: list[pb.GenerateStreamResponse], send: Send) -> None:
         """The last messages; usage and timings ride on the last one, whose text is not held up by a late report."""
         attempt = self.attempt
-        assert attempt is not None
-        moves_kv = attempt.route.prefill is not None and attempt.route.decode is not None
-        settled = attempt.adopted_at is not None or all(s.worker_finish is not None for s in self.sequences)
-        if moves_kv and settled and attempt.transferred is None and not self._aborted:
+        if attempt is not None and self._lacks_report(attempt):
             for message in messages:
                 await self._send(message, send)
             messages = [pb.GenerateStreamResponse()]
@@ -262,19 +289,23 @@ class Pipeline:
         for message in messages[:-1]:
             await self._send(message, send)
         last = messages[-1]
-        self._last_sent_at = time.monotonic() if last.HasField("delta") else self._last_sent_at
-        last.usage.CopyFrom(self._usage(attempt))
-        last.timings.CopyFrom(self._timings(attempt))
+        if last.HasField("delta"):
+            self._record.sent()
+        last.usage.CopyFrom(self._usage())
+        last.timings.CopyFrom(self._record.timings(attempt))
         self._leave()
         await self._send(last, send)
+
+    def _lacks_report(self, attempt: Attempt) -> bool:
+        moves_kv = attempt.route.prefill is not None and attempt.route.decode is not None
+        return moves_kv and attempt.first_tokens_at is not None and attempt.transferred is None and not self._aborted
 
     async def _send(self, message: pb.GenerateStreamResponse, send: Send) -> None:
         message.request_id = self.accepted.request_id
         if self._num_sent == 0:
             message.prompt_info.CopyFrom(self._prompt_info())
         if message.HasField("delta"):
-            self._last_sent_at = time.monotonic()
-            self._first_sent_at = self._first_sent_at or self._last_sent_at
+            self._record.sent()
         self._num_sent += 1
         await send(message)
 
@@ -291,41 +322,12 @@ class Pipeline:
         found = self.attempt.cached_tokens if self.attempt is not None else None
         return min(found or 0, len(self.accepted.token_ids))
 
-    def _usage(self, attempt: Attempt) -> pb.Usage:
+    def _usage(self) -> pb.Usage:
         return pb.Usage(
             prompt_tokens=len(self.accepted.token_ids),
             completion_tokens=sum(s.num_sent for s in self.sequences),
             cached_tokens=self._cached_tokens(),
         )
-
-    def _timings(self, attempt: Attempt) -> pb.Timings:
-        route, moved = attempt.route, attempt.transferred
-        prefill = route.prefill or route.decode
-        decodes = attempt.adopted_at is not None or attempt.is_local
-        timings = pb.Timings(
-            kv_transfer_bytes=self._transfer_bytes + (moved.num_bytes if moved is not None else 0),
-            kv_transport=moved.transport if moved is not None and moved.num_bytes else "",
-            retries=self._num_attempts - 1,
-            preemptions=self._num_preemptions + attempt.num_preemptions,
-            local_prefill=attempt.is_local,
-            prefill_worker=prefill.worker_id if prefill is not None else "",
-            decode_worker=route.decode.worker_id if route.decode is not None and decodes else "",
-            decode_cached_tokens=moved.cached_tokens if moved is not None else 0,
-        )
-        spans = {
-            "queue": (self._received_at, attempt.started_at),
-            "prefill": (attempt.started_at, attempt.first_tokens_at),
-            "kv_transfer": (None if attempt.is_local else attempt.first_tokens_at, attempt.adopted_at),
-            "decode_queue": (attempt.adopted_at, attempt.decoded_at),
-            "time_to_first_token": (self._received_at, self._first_sent_at),
-            "decode": (self._first_sent_at, self._last_sent_at),
-        }
-        for name, (start, end) in spans.items():
-            if start is not None and end is not None:
-                getattr(timings, name).CopyFrom(_duration(max(0.0, end - start)))
-        if attempt.prefill_s is not None:
-            timings.prefill.CopyFrom(_duration(attempt.prefill_s))
-        return timings
 
     def _leave(self) -> None:
         if self.attempt is not None:
@@ -336,8 +338,7 @@ class Pipeline:
         attempt, self.attempt = self.attempt, None
         if attempt is not None:
             attempt.close()
-            self._num_preemptions += attempt.num_preemptions
-            self._transfer_bytes += attempt.transferred.num_bytes if attempt.transferred is not None else 0
+            self._record.add(attempt)
 
     def _loop_time(self, monotonic: float) -> float:
         return asyncio.get_running_loop().time() + monotonic - time.monotonic()
@@ -348,9 +349,3 @@ def _worker_stopping(accepted: Accepted) -> pb.StoppingCriteria:
     stopping.CopyFrom(accepted.stopping)
     stopping.ClearField("stop")
     return stopping
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

@@ -1,9 +1,10 @@
-"""Which workers take a run: least loaded, with affinity among those that are nearly so.
+"""Which workers take a run: decode workers with free pages first, least loaded, with affinity among those nearly so.
 
 A worker's load is what it reported or what this router itself has given it, whichever is more: reports lag by an
-interval. All workers whose load is within a slack of the lowest count as equal, and rendezvous hashing by the request's
-key picks among them, so conversations and shared prompts return to the worker whose prefix cache knows them, and adding
-a worker moves only the keys that it wins.
+interval. A decode worker has room if its free pages, less those promised to runs on their way there, take the prompt
+and a next token, and nothing waits there; those without are used only if all are. All workers whose load is within a
+slack of the lowest count as equal, and rendezvous hashing by the request's key picks among them, so conversations and
+shared prompts return to the worker whose prefix cache knows them, and adding a worker moves only the keys that it wins.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ class Route:
 
     prefill: WorkerClient | None
     decode: WorkerClient | None
+    has_other_decode: bool = False  # which could take the run instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Need:
 
     key: bytes
     num_tokens: int  # to prefill
+    num_total_tokens: int  # of one sequence at its longest, prompt included
     num_sequences: int
     first_token_only: bool  # max_tokens is reached by the first token
 
@@ -42,22 +45,28 @@ def affinity_key(session_id: str, token_ids: Sequence[int], num_tokens: int) -> 
     return b"t" + b"".join(i.to_bytes(4, "little") for i in token_ids[:num_tokens])
 
 
-def choose(workers: Sequence[WorkerClient], need: Need, config: RouterConfig, avoid: frozenset[str]) -> Route | None:
+def choose(
+    workers: Sequence[WorkerClient],
+    need: Need,
+    config: RouterConfig,
+    avoid: frozenset[str],
+    full: frozenset[str] = frozenset(),
+) -> Route | None:
     """The route for a run, None while no healthy workers make one. Workers in `avoid` only if there are no others.
 
-    RequestError: KV_CACHE_EXHAUSTED if no healthy worker's pool can ever hold it, INCOMPATIBLE_WORKERS if no pair's
-    layouts agree.
+    Those in `full` count as without room, whatever they report. RequestError: KV_CACHE_EXHAUSTED if no healthy worker's
+    pool can ever hold it, INCOMPATIBLE_WORKERS if no pair's layouts agree.
     """
     healthy = [w for w in workers if w.takes_work]
-    roomy = [w for w in healthy if _blocks_needed(w, need) <= _num_blocks(w)]
-    route = _choose(_unless_alone(roomy, avoid), need, config)
-    if route is None and len(roomy) < len(healthy) and _choose(healthy, need, config) is not None:
-        small = [w for w in healthy if w not in roomy]
-        largest = max(small, key=_num_blocks)
+    able = [w for w in healthy if _blocks_needed(w, need) <= _num_blocks(w)]
+    route = _choose(_unless_alone(able, avoid), need, config, full)
+    if route is None and len(able) < len(healthy) and _choose(healthy, need, config, full) is not None:
+        largest = max((w for w in healthy if w not in able), key=_num_blocks)
         raise RequestError(
             pb.ERROR_REASON_KV_CACHE_EXHAUSTED,
-            f"the prompt of {need.num_tokens} tokens with {need.num_sequences} sequences needs"
-            f" {_blocks_needed(largest, need)} KV blocks; worker {largest.worker_id!r} has {_num_blocks(largest)}",
+            f"the prompt of {need.num_tokens} tokens with {need.num_sequences} sequences of up to"
+            f" {need.num_total_tokens} tokens, prompt included, needs {_blocks_needed(largest, need)} KV blocks;"
+            f" worker {largest.worker_id!r} has {_num_blocks(largest)}",
         )
     return route
 
@@ -68,32 +77,44 @@ def _unless_alone(workers: Sequence[WorkerClient], avoid: frozenset[str]) -> lis
     return [w for w in workers if w.worker_id not in avoid or w.member.role not in others]
 
 
-def _choose(healthy: Sequence[WorkerClient], need: Need, config: RouterConfig) -> Route | None:
+def _choose(healthy: Sequence[WorkerClient], need: Need, config: RouterConfig, full: frozenset[str]) -> Route | None:
     prefills = [w for w in healthy if w.can_prefill]
     if need.first_token_only and prefills:
         return Route(_pick(prefills, prompt_load, _prompt_slack(need, config), need.key), None)
     decodes = [w for w in healthy if w.can_decode]
-    pair = _pick_pair(prefills, decodes, need, config) if prefills and decodes else None
+    pair = _pick_pair(prefills, decodes, need, config, full) if prefills and decodes else None
     both = [w for w in healthy if w.is_colocated]
     if not both:
         return pair
-    alone = _pick(both, sequence_load, config.decode_slack_sequences, need.key)
+    alone = _pick_decode(both, need, config, full)
     if pair is None or pair.decode is None:
         return Route(None, alone)
+    has_room = [_has_room(w, need, full) for w in (alone, pair.decode)]
     is_idler = sequence_load(alone) + config.decode_slack_sequences < sequence_load(pair.decode)
-    return Route(None, alone) if is_idler else pair
+    goes_alone = is_idler if has_room[0] == has_room[1] else has_room[0]
+    return Route(None, alone) if goes_alone else Route(pair.prefill, pair.decode, has_other_decode=True)
 
 
 def _pick_pair(
-    prefills: list[WorkerClient], decodes: list[WorkerClient], need: Need, config: RouterConfig
+    prefills: list[WorkerClient],
+    decodes: list[WorkerClient],
+    need: Need,
+    config: RouterConfig,
+    full: frozenset[str],
 ) -> Route | None:
     layouts = {_layout(w) for w in prefills} & {_layout(w) for w in decodes}
     if not layouts:
         raise RequestError(pb.ERROR_REASON_INCOMPATIBLE_WORKERS, _mismatch(prefills[0], decodes[0]))
     matching = [w for w in decodes if _layout(w) in layouts]
-    decode = _pick(matching, sequence_load, config.decode_slack_sequences, need.key)
+    decode = _pick_decode(matching, need, config, full)
     peers = [w for w in prefills if _layout(w) == _layout(decode)]
-    return Route(_pick(peers, prompt_load, _prompt_slack(need, config), need.key), decode)
+    prefill = _pick(peers, prompt_load, _prompt_slack(need, config), need.key)
+    return Route(prefill, decode, has_other_decode=len(matching) > 1)
+
+
+def _pick_decode(workers: list[WorkerClient], need: Need, config: RouterConfig, full: frozenset[str]) -> WorkerClient:
+    roomy = [w for w in workers if _has_room(w, need, full)]
+    return _pick(roomy or workers, sequence_load, config.decode_slack_sequences, need.key)
 
 
 def _prompt_slack(need: Need, config: RouterConfig) -> int:
@@ -125,13 +146,34 @@ def _num_blocks(worker: WorkerClient) -> int:
     return worker.info.total_kv_blocks if worker.info is not None else 0
 
 
+def _has_room(worker: WorkerClient, need: Need, full: frozenset[str]) -> bool:
+    load = worker.load
+    on_their_way = max(0, worker.promised_blocks - load.reserved_blocks)
+    is_queueing = worker.can_decode and load.num_waiting > 0  # of colocated ones also prompts wait, which is no sign
+    fits = blocks_at_start(worker, need.num_tokens, need.num_sequences) <= load.free_blocks - on_their_way
+    return fits and not is_queueing and worker.worker_id not in full
+
+
+def blocks_at_start(worker: WorkerClient, num_tokens: int, num_sequences: int) -> int:
+    """What a run holds where it begins to decode: its prompt, and a next token for each sequence."""
+    size = _block_size(worker)
+    shared = num_tokens // size
+    return shared + num_sequences * (-(-(num_tokens + 1) // size) - shared)
+
+
 def _blocks_needed(worker: WorkerClient, need: Need) -> int:
-    """The least that the run must hold at once: its prompt, and where it decodes a next token for each sequence."""
-    size = max(1, worker.info.layout.block_size if worker.info is not None else 1)
+    """The least that the run must be able to hold at once, to its end. Sequences may grow one after the other, and the
+    last token is never written."""
+    size = _block_size(worker)
     if worker.can_prefill or need.first_token_only:
         return -(-need.num_tokens // size)
-    shared = need.num_tokens // size
-    return shared + need.num_sequences * (-(-(need.num_tokens + 1) // size) - shared)
+    longest = (worker.info.model.max_model_len if worker.info is not None else 0) or need.num_total_tokens
+    at_end = -(-(min(need.num_total_tokens, longest) - 1) // size)
+    return max(blocks_at_start(worker, need.num_tokens, need.num_sequences), at_end)
+
+
+def _block_size(worker: WorkerClient) -> int:
+    return max(1, worker.info.layout.block_size if worker.info is not None else 1)
 
 
 def _layout(worker: WorkerClient) -> tuple[str, str]:

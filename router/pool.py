@@ -18,12 +18,15 @@ class Pool:
         self.workers: dict[str, WorkerClient] = {}
         self._config = config
         self._on_change = on_change
+        self._coming: set[int] = set()  # roles of members without an address: dead workers about to be replaced
         self._changed = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
 
     def set_members(self, members: Iterable[wpb.Member]) -> None:
         """Makes the pool equal to `members`. Runs on a worker that is gone fail over; draining ones keep theirs."""
-        wanted = {m.worker_id: m for m in members if m.state != wpb.WORKER_STATE_STOPPED and m.address}
+        members = [m for m in members if m.state != wpb.WORKER_STATE_STOPPED]
+        wanted = {m.worker_id: m for m in members if m.address}
+        self._coming = {m.role for m in members if not m.address and m.state == wpb.WORKER_STATE_STARTING}
         for worker_id, client in list(self.workers.items()):
             member = wanted.get(worker_id)
             if member is None or _identity(member) != _identity(client.member):
@@ -61,17 +64,20 @@ class Pool:
         said = [w.info.model.max_model_len for w in self.workers.values() if w.info is not None]
         return min([n for n in said if n] + [checkpoint])
 
-    async def route(self, need: Need, avoid: frozenset[str], wait_s: float, wait_for_any: bool) -> Route:
+    async def route(
+        self, need: Need, avoid: frozenset[str], full: frozenset[str], wait_s: float, wait_for_any: bool
+    ) -> Route:
         """A route for a run, waiting at most `wait_s` for healthy workers.
 
-        Waits only while workers are starting, or with `wait_for_any` for whatever may come. NO_HEALTHY_WORKER then.
+        Waits only while workers that could make one are starting, restarting or just lost, or with `wait_for_any` for
+        whatever may come. NO_HEALTHY_WORKER then.
         """
         deadline = asyncio.get_running_loop().time() + wait_s
         while True:
-            found = choose(tuple(self.workers.values()), need, self._config, avoid)
+            found = choose(tuple(self.workers.values()), need, self._config, avoid, full)
             if found is not None:
                 return found
-            if not wait_for_any and not any(w.may_become_ready for w in self.workers.values()):
+            if not wait_for_any and not self._may_serve(need):
                 raise self._none_healthy()
             self._changed.clear()
             try:
@@ -83,6 +89,13 @@ class Pool:
     def check(self) -> None:
         for client in self.workers.values():
             client.check()
+
+    def _may_serve(self, need: Need) -> bool:
+        known = {w.member.role for w in self.workers.values() if w.takes_work or w.may_become_ready}
+        roles = known | self._coming
+        if wpb.WORKER_ROLE_BOTH in roles:
+            return True
+        return wpb.WORKER_ROLE_PREFILL in roles and (need.first_token_only or wpb.WORKER_ROLE_DECODE in roles)
 
     def _none_healthy(self) -> RequestError:
         prefill, decode = self.num_ready()

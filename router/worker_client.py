@@ -72,6 +72,7 @@ class WorkerClient:
         self.residents: dict[str, Resident] = {}  # by run id: attempts that hold something at this worker
         self.queued_prompt_tokens = 0  # of our attempts here whose first token is not out yet
         self.num_sequences = 0  # of our attempts that decode here
+        self.promised_blocks = 0  # of our attempts that are to decode here and hold nothing yet, as far as we know
         self.last_error = ""
         self._config = config
         self._on_change = on_change
@@ -111,10 +112,10 @@ class WorkerClient:
 
     @property
     def may_become_ready(self) -> bool:
-        """Still starting, so that waiting for it makes sense."""
-        if self.member.state == wpb.WORKER_STATE_STARTING or self.connection is Connection.CONNECTING:
-            return True
-        return self.connection is Connection.READY and self.load.state == wpb.WORKER_STATE_STARTING
+        """Waiting for it makes sense: it is starting, or its connection is lost and membership has not given it up."""
+        if self.member.state not in (wpb.WORKER_STATE_STARTING, wpb.WORKER_STATE_READY):
+            return False
+        return self.connection is not Connection.READY or self.load.state == wpb.WORKER_STATE_STARTING
 
     @property
     def ref(self) -> kpb.WorkerRef:
@@ -164,6 +165,7 @@ class WorkerClient:
         """Counters agree with the residents; with none, they are zero."""
         assert self.residents or self.queued_prompt_tokens == 0, (self.worker_id, self.queued_prompt_tokens)
         assert self.residents or self.num_sequences == 0, (self.worker_id, self.num_sequences)
+        assert self.residents or self.promised_blocks == 0, (self.worker_id, self.promised_blocks)
         assert self.queued_prompt_tokens >= 0 and self.num_sequences >= 0, self.worker_id
 
     async def _stay_connected(self) -> None:

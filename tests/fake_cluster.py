@@ -5,6 +5,7 @@ slow (loads for a second), busy (drains for a second).
 """
 
 import asyncio
+import gc
 import os
 import uuid
 from collections.abc import Callable
@@ -91,4 +92,4 @@ class FakeRouter:
     async def stop(self) -> None: ...
 
     def status(self) -> dict[str, Any]:
-        return {"history": self._history, "running_requests": 0}
+        return {"history": self._history, "running_requests": 0, "frozen": gc.get_freeze_count()}

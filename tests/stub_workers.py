@@ -24,14 +24,10 @@ from protos import kv_transfer_pb2 as kpb
 from protos import worker_pb2 as wpb
 from protos import worker_pb2_grpc
 from protos.grpc_options import SERVER_OPTIONS
-from tests.stub_faults import Faults
+from tests.stub_faults import Faults, lose_first_tokens, wait_for_pages
+from tests.stub_tokens import logprob, token
 
 ROLES = {"prefill": wpb.WORKER_ROLE_PREFILL, "decode": wpb.WORKER_ROLE_DECODE, "both": wpb.WORKER_ROLE_BOTH}
-
-
-def token(seed: int, index: int, position: int) -> int:
-    """Ordinary tokens of SmolLM2's vocabulary, never special ones."""
-    return 100 + (seed % 9973 * 31 + index * 977 + position * 7919) % 40000
 
 
 @dataclass(slots=True)
@@ -145,7 +141,7 @@ class StubWorker:
             state=self.state,
             num_running=running,
             total_blocks=self.num_blocks,
-            free_blocks=self.num_blocks,
+            free_blocks=0 if self.faults.full and self.faults.tells_load else self.num_blocks,
             num_runs=len(self.runs),
             steps=self.num_steps,
         )
@@ -173,6 +169,9 @@ class StubWorker:
         run, faults = request.request, self.faults
         if faults.stall_prefill:
             await asyncio.Event().wait()
+        target = self.cluster.workers.get(request.target.worker_id)
+        if target is not None and not await wait_for_pages(target.faults, request, context):
+            return
         await context.write(wpb.PrefillEvent(started=wpb.PrefillStarted(cached_tokens=0)))
         if faults.prefill_delay_s:
             await asyncio.sleep(faults.prefill_delay_s)
@@ -182,7 +181,7 @@ class StubWorker:
         if faults.end_prefill_early:
             return
         first = self._first_tokens(run)
-        if not faults.hold_first_tokens_s:
+        if not faults.hold_first_tokens_s and not faults.lose_first_tokens:
             await self._write_first(run, first, context)
         if faults.die_after_first_tokens:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the stub dies")
@@ -192,12 +191,14 @@ class StubWorker:
             await asyncio.Event().wait()
         if faults.transfer_delay_s:
             await asyncio.sleep(faults.transfer_delay_s)
-        target = self.cluster.workers.get(request.target.worker_id)
         if target is None or target.incarnation != request.target.incarnation:
             failed = wpb.Failed(reason=pb.ERROR_REASON_KV_TRANSFER_FAILED, message="no such target", retryable=True)
             await context.write(wpb.PrefillEvent(failed=failed))
             return
         await target.adopt(self, run, first)
+        if faults.lose_first_tokens:
+            await lose_first_tokens(faults.lose_first_tokens, context)
+            return
         if faults.hold_first_tokens_s:
             await asyncio.sleep(faults.hold_first_tokens_s)
             await self._write_first(run, first, context)
@@ -216,7 +217,7 @@ class StubWorker:
         position = len(run.token_ids) - run.num_prompt_tokens
         for index in range(run.sampling.num_sequences):
             token_id, finish = self._sample(run, index, position)
-            first.tokens.add(token_id=token_id, finish_info=finish, logprob=_logprob(run, token_id))
+            first.tokens.add(token_id=token_id, finish_info=finish, logprob=logprob(run, token_id))
         return first
 
     # DecodeService
@@ -322,7 +323,7 @@ class StubWorker:
                 finish_info=finish,
             )
             if request.HasField("logprobs"):
-                entry.logprobs.append(_logprob(request, token_id))
+                entry.logprobs.append(logprob(request, token_id))
             entries.append(entry)
             run.positions[index] = position + 1
             if finish is not None:
@@ -387,10 +388,3 @@ class StubCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.gather(*(w.stop() for w in self.workers.values()))
-
-
-def _logprob(run: wpb.EngineRequest, token_id: int) -> pb.TokenLogprob | None:
-    if not run.HasField("logprobs"):
-        return None
-    top = [pb.TokenLogprob(token_id=token_id + i, logprob=-1.0 - i, rank=1 + i) for i in range(run.logprobs)]
-    return pb.TokenLogprob(token_id=token_id, logprob=-1.0, rank=1, top=top)

@@ -2,13 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import typer
+
+from cluster import cli, doctor, launch
+from cluster.doctor import Finding
 
 
 class Shell:
@@ -81,6 +88,68 @@ def test_errors_are_one_line(pdserve: Shell, command: str, says: str) -> None:
 
 def test_a_wrong_ray_address_is_one_line(pdserve: Shell) -> None:
     assert pdserve("up", code=1, RAY_ADDRESS="127.0.0.1:1").startswith("error: no Ray cluster answers at 127.0.0.1:1: ")
+
+
+def test_brackets_in_what_workers_say_are_no_markup(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "device [/cuda:0] is not in [1, 2] at 10.0.0.1:100: [red]x"
+    findings = [Finding("KV [a] -> b", True, said), Finding("[/b]", False, said)]
+    monkeypatch.setattr(cli, "_deployment", lambda name: None)
+    monkeypatch.setattr(doctor, "examine", lambda deployment, blocks: findings)
+    cli._say(f"decode-0 failed {said}")
+    with pytest.raises(typer.Exit):
+        cli.doctor()
+    assert capsys.readouterr().out.splitlines() == [
+        f"decode-0 failed {said}",
+        f"ok   KV [a] -> b : {said}",
+        f"FAIL [/b] : {said}",
+    ]
+
+
+def test_a_call_that_ray_never_answers_is_given_up() -> None:
+    with pytest.raises(launch.Unreachable, match=r"did not answer within 0\.1 s; is its head alive"):
+        launch.answered(threading.Event().wait, 0.1)
+    assert launch.answered(lambda: 7) == 7
+
+
+HEAD = """
+import ray, sys, time
+ray.init(address="local", include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, num_cpus=1)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_ctrl_c_ends_up_when_the_head_hangs(pdserve: Shell, tiny: Path) -> None:
+    environment = pdserve.environment | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp"}  # short, for its sockets
+    head = subprocess.Popen(
+        [sys.executable, "-c", HEAD],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert head.stdout is not None and head.stdin is not None
+    address = head.stdout.readline().strip()
+    (gcs,) = [p for p in psutil.Process(head.pid).children(recursive=True) if "gcs_server" in p.name()]
+    command = [sys.executable, "-m", "cluster.cli", "up", "--model", str(tiny), "--load-format", "dummy"]
+    up = subprocess.Popen(
+        command, env=environment | {"RAY_ADDRESS": address}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert up.stdout is not None and "joined the Ray cluster" in up.stdout.readline()
+        gcs.suspend()
+        time.sleep(1.0)
+        up.send_signal(signal.SIGINT)
+        assert up.wait(15) == 130
+    finally:
+        up.kill()
+        up.wait()
+        gcs.resume()
+        head.stdin.close()
+        head.wait(60)
 
 
 @pytest.fixture

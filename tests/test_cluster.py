@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 from cluster import launch
 from cluster.config import DeploymentConfig
+from cluster.controller import remember
 from cluster.launch import Deployment, LaunchError, parts
 from protos import worker_pb2
 from tests.fake_cluster import FAKES
@@ -70,6 +71,7 @@ def test_up_places_by_label_and_tells_everybody(two_nodes: Cluster) -> None:
         assert all(worker["report"]["members"] == everybody for worker in there.values())
         assert set(status["router"]["report"]["history"][-1]) == set(there)
         assert status["router"]["address"].startswith("127.0.0.1:")
+        assert status["router"]["report"]["frozen"] > 10_000  # what collections need not walk
 
 
 def test_pools_scale_apart_and_drain_first(two_nodes: Cluster) -> None:
@@ -125,6 +127,9 @@ def test_a_killed_worker_is_replaced(two_nodes: Cluster) -> None:
         assert "died" in after["last_error"]
         peer = workers(deployment.status())["prefill-0"]
         assert peer["report"]["members"]["decode-0"] == after["incarnation"]
+        told = [members.get("decode-0") for members in status["router"]["report"]["history"]]
+        told = told[told.index(worker_pb2.WORKER_STATE_STARTING) :]
+        assert set(told) == {worker_pb2.WORKER_STATE_STARTING, worker_pb2.WORKER_STATE_READY}
 
 
 def test_a_killed_router_comes_back_at_its_address(two_nodes: Cluster) -> None:
@@ -168,6 +173,28 @@ def test_a_restarted_controller_adopts_what_lives(two_nodes: Cluster) -> None:
         assert after["pools"]["decode"]["target"] == 2
         os.kill(workers(after)["decode-1"]["pid"], signal.SIGKILL)
         until(deployment, lambda s: workers(s)["decode-1"]["restarts"] == 1 and launch.is_settled(s))
+
+
+def test_up_starts_from_its_settings_whatever_an_earlier_deployment_left(two_nodes: Cluster) -> None:
+    remember("default", {"prefill": 1, "decode": 3, "colocated": 0})
+    with deployed(settings()) as deployment:
+        assert set(workers(deployment.status())) == {"prefill-0", "decode-0"}
+
+
+def test_idle_gpus_are_told_of(two_nodes: Cluster) -> None:
+    said: list[str] = []
+    launch.tell_idle_gpus(settings(), said.append)
+    assert said == []
+    node = two_nodes.add_node(num_cpus=1, num_gpus=2)
+    try:
+        two_nodes.wait_for_nodes()
+        launch.tell_idle_gpus(settings(decode={"num_gpus": 1}), said.append)
+        assert said == []
+        launch.tell_idle_gpus(settings(), said.append)
+        assert len(said) == 1 and said[0].startswith("2 GPUs are idle, and the workers will run on CPUs")
+        assert "pools.prefill.num_gpus=1" in said[0]
+    finally:
+        two_nodes.remove_node(node)
 
 
 def test_a_worker_that_cannot_start_says_why_and_nothing_is_left(two_nodes: Cluster) -> None:

@@ -168,6 +168,8 @@ def test_eos(llama: Path, tmp_path: Path) -> None:
 class Handoff:
     """What the two workers do, in one process: A's sink reserves at B, copies bytes as they become ready, B adopts."""
 
+    receiver = "b"
+
     def __init__(self, a: Engine, b: Engine, listener: Listener, request: Request):
         self.a, self.b, self.listener, self.request = a, b, listener, request
         self.owner = f"peer/{request.id}"
@@ -266,6 +268,8 @@ def test_what_the_receiver_holds_is_not_sent_again(pair) -> None:
 
 class Silent:
     """A sink that grants itself and sends nothing."""
+
+    receiver = "nobody"
 
     def __init__(self, engine: Engine, fail_at: str = ""):
         self.engine, self.fail_at = engine, fail_at

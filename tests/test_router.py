@@ -11,7 +11,8 @@ import pytest
 from protos import inference_pb2 as pb
 from protos import worker_pb2 as wpb
 from tests.router_front import Front, routed
-from tests.stub_workers import StubWorker, token
+from tests.stub_tokens import token
+from tests.stub_workers import StubWorker
 
 
 def ask(max_tokens: int = 8, seed: int = 7, n: int = 1, **fields: Any) -> pb.GenerateRequest:
@@ -275,7 +276,7 @@ async def test_prompt_that_never_fits(smollm2: Path) -> None:
         long = pb.TokenIds(ids=[5] * 64)
         code, words = await failure(front.client.Generate(ask(token_ids=long), timeout=5))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "needs 5 KV blocks; worker 'd0' has 4" in words
-        await front.client.Generate(ask(token_ids=pb.TokenIds(ids=[5] * 63)), timeout=5)
+        await front.client.Generate(ask(2, token_ids=pb.TokenIds(ids=[5] * 63)), timeout=5)
 
 
 async def test_no_worker_and_starting_worker(smollm2: Path) -> None:

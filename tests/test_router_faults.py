@@ -238,12 +238,32 @@ async def test_a_restarted_worker_under_its_old_name(smollm2: Path) -> None:
         old = front.cluster.workers["d0"]
         await front.cluster.restart("d0")
         await front.until(lambda: front.router.pool.num_ready() == (1, 0))
-        code, _ = await failure(front.client.Generate(ask(), timeout=5))
-        assert code is UNAVAILABLE
+        early = front.client.Generate(ask(), timeout=15)  # before anybody has said that the worker is lost
+        await front.until(lambda: front.router.admission.num_in_flight == 2)
+        lost = wpb.Member(worker_id="d0", role=wpb.WORKER_ROLE_DECODE, state=wpb.WORKER_STATE_STARTING)
+        front.router.set_members([front.cluster.workers["p0"].member(), lost])
+        late = front.client.Generate(ask(), timeout=15)
+        await front.until(lambda: front.router.admission.num_in_flight == 3)
+        await asyncio.sleep(0.2)
+        assert front.router.admission.phases() == {"routing": 3}
         front.router.set_members(front.cluster.members())
         messages = await reading
+        for call in (early, late):
+            assert list((await call).outputs[0].token_ids) == expected(8)
         assert ids_of(messages) == expected(40) and messages[-1].timings.retries == 1
         assert old.incarnation != front.cluster.workers["d0"].incarnation
+
+
+async def test_a_request_waits_for_a_restart_no_longer_than_it_should(smollm2: Path) -> None:
+    async with routed(smollm2, start_wait_s=0.3) as front:
+        lost = wpb.Member(worker_id="d0", role=wpb.WORKER_ROLE_DECODE, state=wpb.WORKER_STATE_STARTING)
+        prefill = front.cluster.workers["p0"].member()
+        for members, least_s in (([prefill, lost], 0.3), ([prefill], 0.0)):
+            front.router.set_members(members)
+            begun = time.monotonic()
+            code, words = await failure(front.client.Generate(ask(), timeout=10))
+            assert code is UNAVAILABLE and "no healthy worker" in words
+            assert least_s <= time.monotonic() - begun < least_s + 1.0
 
 
 async def test_another_incarnation_at_the_old_address_is_refused(smollm2: Path) -> None:
@@ -280,6 +300,45 @@ async def test_a_prefill_worker_lost_after_adoption_changes_nothing(smollm2: Pat
         await front.cluster.workers["p0"].stop()
         messages = await reading
         assert ids_of(messages) == expected(40) and messages[-1].timings.retries == 0
+
+
+@pytest.mark.parametrize("how", ["break", "end", "fail", "silence"])
+async def test_an_adopted_run_without_first_tokens_is_retried(smollm2: Path, how: str) -> None:
+    async with routed(smollm2, prefill=2) as front:
+        bad, decode = front.cluster.workers["p0"], front.cluster.workers["d0"]
+        bad.faults.lose_first_tokens = how
+        front.router.pool.workers["p1"].queued_prompt_tokens += 1_000_000
+        reading = asyncio.create_task(read(front.client.GenerateStream(ask(40), timeout=5)))
+        await front.until(lambda: "adopted" in decode.events())
+        front.router.pool.workers["p1"].queued_prompt_tokens -= 1_000_000
+        if how == "silence":
+            await bad.stop()
+        messages = await reading
+        assert ids_of(messages) == expected(40)
+        assert (messages[-1].timings.retries, messages[-1].timings.prefill_worker) == (1, "p1")
+        assert ("cancel", decode.log[0][1], 0) in decode.log
+
+
+@pytest.mark.parametrize("when", ["starting", "between attempts"])
+async def test_an_abort_without_an_attempt_wins_at_once(smollm2: Path, when: str) -> None:
+    async with routed(smollm2, start_wait_s=20, retry_wait_s=20) as front:
+        decode = front.cluster.workers["d0"]
+        decode.faults.step_s = 0.02
+        if when == "starting":
+            decode.set_state(wpb.WORKER_STATE_STARTING)
+            await front.until(lambda: front.router.pool.num_ready() == (1, 0))
+        reading = asyncio.create_task(read(front.client.GenerateStream(ask(500, request_id="x"), timeout=30)))
+        if when == "between attempts":
+            await front.until(lambda: front.router.admission.phases() == {"decoding": 1})
+            front.router.set_members([])
+        await front.until(lambda: front.router.admission.phases() == {"routing": 1})
+        begun = time.monotonic()
+        assert (await front.client.Abort(pb.AbortRequest(request_ids=["x"]), timeout=5)).aborted == 1
+        messages = await reading
+        assert time.monotonic() - begun < 1.0
+        assert finish_of(messages).finish_reason == pb.FINISH_REASON_ABORTED
+        assert ids_of(messages) == expected(messages[-1].usage.completion_tokens)
+        assert (when == "starting") == (messages[-1].usage.completion_tokens == 0)
 
 
 def narrow(front: Front) -> Any:

@@ -40,8 +40,10 @@ async def make() -> AsyncIterator[Make]:
         await client.close("the test ends")
 
 
-def need(key: str = "k", num_tokens: int = 100, n: int = 1, first_token_only: bool = False) -> Need:
-    return Need(affinity_key(key, (), 1), num_tokens, n, first_token_only)
+def need(
+    key: str = "k", num_tokens: int = 100, n: int = 1, first_token_only: bool = False, total: int | None = None
+) -> Need:
+    return Need(affinity_key(key, (), 1), num_tokens, total or num_tokens + 2, n, first_token_only)
 
 
 def names(route: Route | None) -> tuple[str | None, str | None]:
@@ -112,6 +114,52 @@ async def test_pools_too_small(make: Make) -> None:
     with pytest.raises(RequestError, match="needs 14 KV blocks; worker 'd1' has 12") as caught:
         choose(workers, need(n=8), CONFIG, NOBODY)
     assert caught.value.reason == pb.ERROR_REASON_KV_CACHE_EXHAUSTED
+
+
+async def test_the_longest_output_must_fit(make: Make) -> None:
+    p0, small, large = make("p0", blocks=7), make("d0", blocks=8), make("d1", blocks=16)
+    workers = [p0, small, large]
+    # The last token is never written: 129 tokens end in 8 blocks.
+    assert {names(choose(workers, need(str(i), total=129), CONFIG, NOBODY))[1] for i in range(20)} == {"d0", "d1"}
+    assert {names(choose(workers, need(str(i), total=130), CONFIG, NOBODY))[1] for i in range(20)} == {"d1"}
+    with pytest.raises(RequestError, match=r"of up to 258 tokens, prompt included, needs 17 .* 'd1' has 16") as caught:
+        choose(workers, need(total=258), CONFIG, NOBODY)
+    assert caught.value.reason == pb.ERROR_REASON_KV_CACHE_EXHAUSTED
+    assert large.info is not None
+    large.info.model.max_model_len = 200
+    assert names(choose(workers, need(total=258), CONFIG, NOBODY)) == ("p0", "d1")
+    assert names(choose(workers, need(total=258, first_token_only=True), CONFIG, NOBODY)) == ("p0", None)
+
+
+async def test_free_pages_beat_load_and_affinity(make: Make) -> None:
+    p0, d0, d1 = make("p0"), make("d0", free_blocks=7, num_running=4), make("d1", free_blocks=6)
+    workers = [p0, d0, d1]
+
+    def chosen(**more: Any) -> set[str | None]:
+        return {names(choose(workers, need(str(i)), CONFIG, NOBODY, **more))[1] for i in range(20)}
+
+    assert chosen() == {"d0"}  # 100 tokens and the next take 7
+    d1.load.free_blocks = 7
+    assert chosen() == {"d1"}
+    d1.promised_blocks = 1  # on their way
+    assert chosen() == {"d0"}
+    d1.load.reserved_blocks = 1  # arrived: its own figures know
+    assert chosen() == {"d1"}
+    d1.load.num_waiting = 1
+    assert chosen() == {"d0"}
+    assert chosen(full=frozenset({"d0"})) == {"d1"}  # neither has room: the load decides
+    d1.load.num_waiting, d0.load.num_running = 0, 0
+    assert chosen() == {"d0", "d1"}
+    assert chosen(full=frozenset({"d0"})) == {"d1"}
+
+
+async def test_a_colocated_worker_with_room_is_better_than_a_full_pair(make: Make) -> None:
+    workers = [make("p0"), make("d0", free_blocks=6), make("b0", free_blocks=7, num_running=2)]
+    route = choose(workers, need(), CONFIG, NOBODY)
+    assert names(route) == (None, "b0")
+    workers[1].load.free_blocks = 7
+    route = choose(workers, need(), CONFIG, NOBODY)
+    assert names(route) == ("p0", "d0") and route is not None and route.has_other_decode
 
 
 async def test_layouts_must_match(make: Make) -> None:

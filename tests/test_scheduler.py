@@ -114,7 +114,7 @@ def test_forks_share_the_prompt() -> None:
 def test_sink_prompts_ask_one_step_ahead_and_stand_aside() -> None:
     sim = Simulator(max_num_batched_tokens=48)
     for name in "abcd":
-        sim.scheduler.add(make_request(name, range(30)), is_sink=True)
+        sim.scheduler.add(make_request(name, range(30)), receiver="b")
     local = make_request("local", range(5))
     sim.scheduler.add(local)
     assert [r.sequence.request.id for r in sim.step().rows] == ["local"]
@@ -135,10 +135,26 @@ def test_sink_prompts_ask_one_step_ahead_and_stand_aside() -> None:
     idle(sim)
 
 
+def test_a_receiver_without_pages_holds_up_only_its_own_prompts() -> None:
+    sim = Simulator(max_num_batched_tokens=48)
+    for name in ("full 1", "full 2", "idle 1", "full 3", "idle 2"):
+        sim.scheduler.add(make_request(name, range(30)), receiver=name[:4])
+    sim.step()
+    assert sim.wanted == ["full 1", "idle 1"]
+    sim.scheduler.grant("idle 1", 0)
+    sim.step()
+    sim.step()
+    assert sim.wanted == ["full 1", "idle 1", "idle 2"]
+    assert sim.outputs["idle 1", 0]
+    for name in ("full 1", "full 2", "full 3", "idle 1", "idle 2"):
+        sim.scheduler.abort(name)
+    idle(sim)
+
+
 def test_an_asked_prompt_longer_than_a_step_still_asks_alone() -> None:
     sim = Simulator(max_num_batched_tokens=16)
     for name in "ab":
-        sim.scheduler.add(make_request(name, range(60)), is_sink=True)
+        sim.scheduler.add(make_request(name, range(60)), receiver="b")
     sim.step()
     assert sim.wanted == ["a"]
     sim.scheduler.abort("a")
@@ -285,7 +301,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(**shape)
     def submit_sink(self, **shape) -> None:
         if request := self.new("s", **shape):
-            self.sim.scheduler.add(request, is_sink=True)
+            self.sim.scheduler.add(request, receiver="b")
             self.sinks.add(request.id)
 
     @rule(**shape)
@@ -421,5 +437,5 @@ def test_scheduler_and_pool_import_no_torch() -> None:
 def test_many_queued_prompts_cost_little() -> None:
     scheduler = Scheduler(64, 16, 8, 64, 512)
     for i in range(2000):
-        scheduler.add(make_request(str(i), range(30)), is_sink=i % 2 == 0)
+        scheduler.add(make_request(str(i), range(30)), receiver="b" if i % 2 == 0 else None)
     assert len(scheduler.schedule().rows) >= 1

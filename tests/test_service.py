@@ -49,36 +49,48 @@ async def test_sampled_tokens_do_not_depend_on_company_or_deployment(smollm2):
     assert len(alone.token_ids[0]) == 12
 
 
-async def test_second_turn_computes_and_sends_only_what_is_new(tiny):
-    async with service(tiny, engine=DUMMY) as s:
-        first = list(range(100, 100 + 70))
-        answer = await s.generate(request(first, 20, ignore_eos=True))
-        second = first + answer.token_ids[0] + list(range(500, 510))
+async def test_second_turn_of_a_chat_computes_and_sends_only_what_is_new(smollm2):
+    def chat(*messages: tuple[str, str], **fields) -> pb.GenerateRequest:
+        asked = request([], 24, response=pb.ResponseOptions(prompt_token_ids=True), **fields)
+        asked.chat.messages.extend(pb.ChatMessage(role=role, content=content) for role, content in messages)
+        return asked
+
+    question = ("user", "Name the colours of the rainbow, then say in one sentence why they always come in that order.")
+    async with service(smollm2) as s:
+        first = await s.generate(chat(question))
+        ids = [*first.prompt_info.token_ids, *first.token_ids[0]]
+        turns = (question, ("assistant", first.text[0]), ("user", "And at night?"))
         before = {w.role: w.status() for w in s.workers}
-        again = await s.generate(request(second, 4, ignore_eos=True))
+        second = await s.generate(chat(*turns))
+        await s.settle()
         after = {w.role: w.status() for w in s.workers}
-        # Prefill has cached the first prompt's whole blocks (64 of 70 tokens); decode those and what it generated:
-        # 70 + 19 tokens have KV there, 80 in whole blocks. The second prompt has 100 tokens in 7 blocks.
-        assert again.prompt_info.num_cached_tokens == 64
-        assert after["prefill"]["prompt_tokens_computed"] - before["prefill"]["prompt_tokens_computed"] == 100 - 64
-        assert again.timings.decode_cached_tokens == 80
+        again = list(second.prompt_info.token_ids)
+        kept = ids[:-1]  # the last token was never fed back, so it has no KV
+        shared = next((i for i, pair in enumerate(zip(kept, again, strict=False)) if pair[0] != pair[1]), len(kept))
+        assert shared >= len(first.prompt_info.token_ids) + 16, "the answer is part of the second prompt"
+        # Prefill has the first prompt's whole blocks; decode has those and what it generated.
+        at_prefill = len(first.prompt_info.token_ids) // 16 * 16
+        at_decode = shared // 16 * 16
+        computed = after["prefill"]["prompt_tokens_computed"] - before["prefill"]["prompt_tokens_computed"]
+        assert second.prompt_info.num_cached_tokens == at_prefill and computed == len(again) - at_prefill
+        assert second.timings.decode_cached_tokens == at_decode > at_prefill
         block_bytes = s.worker("decode").engine.layout.block_bytes
-        assert again.timings.kv_transfer_bytes == 2 * block_bytes
-        salted = request(second, 4, ignore_eos=True, cache=pb.CacheOptions(cache_salt="other"))
-        other = await s.generate(salted)
-        assert other.prompt_info.num_cached_tokens == 0 and other.timings.decode_cached_tokens == 0
-        assert other.token_ids == again.token_ids
-        bypass = request(second, 4, ignore_eos=True, cache=pb.CacheOptions(bypass_prefix_cache=True))
-        assert (await s.generate(bypass)).prompt_info.num_cached_tokens == 0
+        num_blocks = -(-len(again) // 16) - at_decode // 16
+        assert second.timings.kv_transfer_bytes == num_blocks * block_bytes
+        assert after["decode"]["kv_bytes_received"] - before["decode"]["kv_bytes_received"] == num_blocks * block_bytes
+        for apart in (pb.CacheOptions(cache_salt="other"), pb.CacheOptions(bypass_prefix_cache=True)):
+            other = await s.generate(chat(*turns, cache=apart))
+            assert other.prompt_info.num_cached_tokens == 0 and other.timings.decode_cached_tokens == 0
+            assert other.token_ids == second.token_ids
 
 
-async def test_tiny_pools_finish_everything_with_preemptions(tiny):
-    """Twelve requests of up to 7 blocks each over pools of 12: nothing deadlocks, nothing differs."""
-    asked = [request(list(range(50 * i, 50 * i + 33 + i)), 60, seed=i, ignore_eos=True) for i in range(12)]
-    async with service(tiny, engine=DUMMY) as s:
-        expected = [await s.generate(one) for one in asked]
-    small = {**DUMMY, "num_blocks": 12, "max_model_len": 150}
-    async with service(tiny, engine=small) as s:
+async def test_small_pools_finish_everything_with_preemptions(smollm2):
+    """Eight requests of 5 to 7 blocks each over pools of 10: nothing deadlocks, nothing differs."""
+    rows = load()[:8]
+    asked = [request(row["prompt"], 40, seed=i, temperature=0.7, ignore_eos=True) for i, row in enumerate(rows)]
+    async with service(smollm2) as s:
+        expected = await asyncio.gather(*(s.generate(one) for one in asked))
+    async with service(smollm2, engine={"num_blocks": 10, "max_model_len": 150}) as s:
         answers = await asyncio.gather(*(s.generate(one) for one in asked))
         assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
         assert s.worker("decode").status()["preemptions"] > 0
@@ -112,6 +124,16 @@ async def test_end_of_sequence_as_first_token_adopts_nothing(tiny):
         assert s.worker("decode").status()["tokens_generated"] == 0
 
 
+async def test_a_stop_string_in_the_first_token_reports_what_moved(tiny):
+    async with service(tiny, engine=DUMMY) as s:
+        first = (await s.generate(request(list(range(40)), 1, ignore_eos=True))).text[0]
+        again = await s.generate(request(list(range(40)), 8, stopping=pb.StoppingCriteria(stop=[first[:1]])))
+        assert again.finish[0].stop_string == first[:1] and again.usage.completion_tokens == 1
+        await s.settle()
+        moved = s.worker("decode").status()["kv_bytes_received"]
+        assert again.timings.kv_transfer_bytes == moved == s.worker("prefill").status()["kv_bytes_sent"] > 0
+
+
 async def test_many_sequences_of_one_prompt_move_its_kv_once(tiny):
     async with service(tiny, engine=DUMMY) as s:
         answer = await s.generate(request(list(range(40)), 10, temperature=1.0, num_sequences=4, ignore_eos=True))
@@ -133,9 +155,9 @@ async def test_logprobs_come_with_every_token(tiny):
 class TestEndsEarly:
     """Wherever a request stands when its caller goes away, both workers stop and everything comes back."""
 
-    async def test_cancelled_while_queued_for_pages(self, tiny):
-        small = {**DUMMY, "num_blocks": 12, "max_model_len": 150}
-        async with service(tiny, engine=small) as s:
+    async def test_cancelled_while_queued_for_pages(self, smollm2):
+        small = {"num_blocks": 12, "max_model_len": 150}
+        async with service(smollm2, engine=small) as s:
             running = asyncio.create_task(s.generate(request(list(range(100)), 50, ignore_eos=True)))
             queued = [s.stub.GenerateStream(request(list(range(i, i + 90)), 50, ignore_eos=True)) for i in range(6)]
             readers = [asyncio.create_task(collect(call)) for call in queued]
@@ -157,30 +179,30 @@ class TestEndsEarly:
             await s.settle(5.0)
 
     @pytest.mark.parametrize("num_messages", [1, 2, 10])
-    async def test_cancelled_after_some_messages(self, tiny, num_messages):
-        async with service(tiny, engine=DUMMY) as s:
+    async def test_cancelled_after_some_messages(self, smollm2, num_messages):
+        async with service(smollm2) as s:
             call = s.stub.GenerateStream(request(list(range(40)), 1000, ignore_eos=True))
             for _ in range(num_messages):
                 await call.read()
             call.cancel()
             await s.settle(5.0)
 
-    async def test_client_disconnects(self, tiny):
-        async with service(tiny, engine=DUMMY) as s:
+    async def test_client_disconnects(self, smollm2):
+        async with service(smollm2) as s:
             async with grpc.aio.insecure_channel(s.router.address) as channel:
                 stub = type(s.stub)(channel)
                 await stub.GenerateStream(request(list(range(40)), 1000, ignore_eos=True)).read()
             await s.settle(5.0)
 
-    async def test_deadline(self, tiny):
-        async with service(tiny, engine=DUMMY) as s:
+    async def test_deadline(self, smollm2):
+        async with service(smollm2) as s:
             with pytest.raises(grpc.aio.AioRpcError) as ended:
-                await s.generate(request(list(range(40)), 1900, ignore_eos=True), timeout=0.4)
+                await s.generate(request(list(range(40)), 200, ignore_eos=True), timeout=0.8)
             assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             await s.settle(5.0)
 
-    async def test_abort_call(self, tiny):
-        async with service(tiny, engine=DUMMY) as s:
+    async def test_abort_call(self, smollm2):
+        async with service(smollm2) as s:
             asked = request(list(range(40)), 1900, ignore_eos=True, request_id="stop-me")
             call = s.stub.GenerateStream(asked)
             await call.read()
@@ -213,6 +235,30 @@ async def test_canary_checks_a_pair_end_to_end(tiny):
         assert result["bytes"] == 8 * s.worker("decode").engine.layout.block_bytes
         missing = await s.worker("prefill").canary("nobody", 8)
         assert not missing["ok"] and "nobody" in missing["error"]
+
+
+async def test_a_full_decode_worker_does_not_hold_up_another(tiny):
+    """The scheduler's budget for prompts that wait for pages is counted for each receiver apart."""
+    small = {"num_blocks": 10, "max_model_len": 160}
+    async with service(tiny, decode=2, engine={**DUMMY, **small}, router={"decode_slack_sequences": 64}) as s:
+        hog = asyncio.create_task(s.generate(request(list(range(64)), 90, ignore_eos=True, session_id="a")))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(s.generate(request(list(range(100, 190)), 60, ignore_eos=True, session_id="a")))
+        await asyncio.sleep(0.05)
+        quick = [request([i, i + 1, i + 2], 4, ignore_eos=True, session_id=f"s{i}") for i in range(6)]
+        await asyncio.gather(*(s.generate(one) for one in quick), hog, waiting)
+
+
+async def test_timings_say_where_the_time_went(smollm2):
+    async with service(smollm2, engine={"max_num_batched_tokens": 64}) as s:
+        timings = (await s.generate(request(load()[18]["prompt"], 8, ignore_eos=True))).timings
+        spans = {
+            name: getattr(timings, name).ToNanoseconds() / 1e9
+            for name in ("queue", "prefill", "kv_transfer", "decode_queue", "time_to_first_token", "decode")
+        }
+        assert all(seconds > 0 for seconds in spans.values()), spans
+        assert spans["prefill"] > 0.8 * spans["time_to_first_token"], "five chunks of 64 tokens are most of it"
+        assert spans["queue"] + spans["prefill"] <= 1.1 * spans["time_to_first_token"]
 
 
 async def test_load_of_many_small_requests(tiny):

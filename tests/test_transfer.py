@@ -311,10 +311,14 @@ async def test_many_small_transfers_through_few_blocks(pair: Pair):
     pair.receiver.check()
 
 
-async def test_memory_of_a_transfer_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch):
-    """However many chunks are queued, only a few have been read and not placed."""
+async def test_memory_of_a_transfer_is_bounded(
+    transport: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    """Of 64 MiB queued at once, only what packing, stream and socket buffer hold is read and not placed."""
+    stores = request.getfixturevalue("ray_stores") if transport == "ray_store" else (None, None)
+    offsets, chunk_bytes = (0, 1 << 17, 1 << 19), 1 << 19
     num_read, most = 0, 0
-    read, place = type(pair.source).read, Receiver.chunk
+    read, place = BlockMemory.read, Receiver.chunk
 
     def counted_read(memory, *args):
         nonlocal num_read
@@ -326,13 +330,16 @@ async def test_memory_of_a_transfer_is_bounded(pair: Pair, monkeypatch: pytest.M
         most = max(most, num_read - header.sequence)
         place(receiver, transfer_id, header, arrays)
 
-    monkeypatch.setattr(type(pair.source), "read", counted_read)
+    monkeypatch.setattr(BlockMemory, "read", counted_read)
     monkeypatch.setattr(Receiver, "chunk", counted_place)
-    transfer_id = pair.grant(range(32))
-    outgoing = pair.open(transfer_id, 8192)
-    outgoing.push(range(32), 0, 0, NUM_LAYERS)
-    await pair.receiver.commit(transfer_id, await outgoing.finish())
-    assert num_read == 32 and most < 16
+    memories = make_memory(128, 1, offsets), make_memory(128, None, offsets)
+    async with transfer_pair(transport, stores[0], *memories, chunk_bytes, receiver_store=stores[1]) as pair:
+        transfer_id = pair.grant(range(128))
+        outgoing = pair.open(transfer_id)
+        outgoing.push(range(128), 0, 0, 2)
+        await pair.receiver.commit(transfer_id, await outgoing.finish())
+        assert num_read == 128 and most * chunk_bytes <= 20 << 20
+        assert pair.is_equal(range(128), range(128))
 
 
 def test_settings_are_checked():

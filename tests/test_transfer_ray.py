@@ -1,11 +1,9 @@
 """`ray_store` as it is deployed: sender and receiver in actors of their own, on one node and on two."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 import kv_transfer
 from cluster.object_store import RayObjectStore
@@ -55,27 +53,14 @@ def sums(memory) -> list[list[int]]:
     return memory.slab[:, : OFFSETS[-1]].long().view(memory.num_blocks, -1, 4096).sum(-1).tolist()
 
 
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[None]:
-    store = {"include_dashboard": False, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
-    try:
-        cluster.add_node(num_cpus=1, resources={"second": 1}, object_store_memory=80 << 20)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-        yield
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
-@pytest.mark.parametrize("node", ["same", "second"])
-def test_actors_hand_over_pages(nodes: None, node: str):
-    options = {"num_cpus": 0, "resources": {"second": 0.1} if node == "second" else {}}
-    receiving = ray.remote(Receiving).options(num_cpus=0).remote()
-    sending = ray.remote(Sending).options(**options).remote()
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_actors_hand_over_pages(two_nodes, pool: str):
+    """From a sender on the same node, and from one on the other."""
+    receiving = ray.remote(Receiving).options(num_cpus=0, label_selector={"pool": "prefill"}).remote()
+    sending = ray.remote(Sending).options(num_cpus=0, label_selector={"pool": pool}).remote()
     address = ray.get(receiving.start.remote(), timeout=60)
     source_ids, target_ids = list(range(20)), list(range(NUM_BLOCKS - 1, NUM_BLOCKS - 21, -1))
-    for _ in range(3):  # 31 MB each: an object that is not let go would fill the store
+    for _ in range(6):  # 10 MB each through stores of 80 MB
         transfer_id = ray.get(receiving.grant.remote(target_ids), timeout=30)
         pushed = ray.get(sending.push.remote(address, transfer_id, source_ids), timeout=60)
         num_chunks, num_bytes, digest, source_sums, num_objects = pushed
@@ -86,7 +71,7 @@ def test_actors_hand_over_pages(nodes: None, node: str):
     ray.kill(sending)
 
 
-def test_what_is_no_token_is_refused(nodes: None):
+def test_what_is_no_token_is_refused(two_nodes):
     store = RayObjectStore()
     for token in (b"", b"short", bytes(40), b"\x01\x00" * 3 + b"abcd"):
         with pytest.raises(kv_transfer.TransferBroken, match="no object reference"):
