@@ -140,15 +140,15 @@ class Draws:
                 extra.append(k)
         counts = torch.zeros(len(chosen) * size, device=self._device)
         if output:
-            at = self._send(output)
-            counts.index_add_(0, at, torch.ones_like(at, dtype=torch.float32))
+            places = self._send(output)
+            counts.index_add_(0, places, torch.ones_like(places, dtype=torch.float32))
         mask = torch.zeros(len(chosen) * size, dtype=torch.bool, device=self._device)
         mask.index_fill_(0, self._send(seen), True)
         if extra:
             late = last_ids[rows[self._send([chosen[k] for k in extra])]]
-            at = self._send(extra) * size + late
-            counts.index_add_(0, at, torch.ones_like(at, dtype=torch.float32))
-            mask.index_fill_(0, at, True)
+            places = self._send(extra) * size + late
+            counts.index_add_(0, places, torch.ones_like(places, dtype=torch.float32))
+            mask.index_fill_(0, places, True)
         params = [self.draws[i].params for i in chosen]
         repetition, frequency, presence = (
             self._send([getattr(p, name) for p in params], torch.float32)[:, None]

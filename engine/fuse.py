@@ -65,7 +65,7 @@ class Carry:
 class FusedLayer:
     """Stands in for a decoder layer's forward. The layer keeps its parameters, as views of the packed ones."""
 
-    def __init__(self, layer: nn.Module, call: Call):
+    def __init__(self, layer: Any, call: Call):
         attention, mlp = layer.self_attn, layer.mlp
         body = _body(layer)
         self.call = call
@@ -185,7 +185,7 @@ def fuse(model: Any, record: Callable[[], tuple[dict[int, Call], dict[int, dict]
     return report
 
 
-def _install(module: nn.Module, layers: list[nn.Module], fused: dict[int, FusedLayer], report: FuseReport) -> Carry:
+def _install(module: Any, layers: list[Any], fused: dict[int, FusedLayer], report: FuseReport) -> Carry:
     carry = Carry()
     for i, one in fused.items():
         one.carry = carry
@@ -210,7 +210,7 @@ def _install(module: nn.Module, layers: list[nn.Module], fused: dict[int, FusedL
     return carry
 
 
-def _verified(layer: nn.Module, call: Call, kwargs: dict, verify: Callable) -> str | None:
+def _verified(layer: Any, call: Call, kwargs: dict, verify: Callable) -> str | None:
     """Why not."""
     original, rebuilt, real = (copy.deepcopy(layer) for _ in range(3))
     error, rounded = verify(original.float(), FusedLayer(rebuilt.float(), call), FusedLayer(real, call), call, kwargs)
@@ -225,12 +225,12 @@ def _verified(layer: nn.Module, call: Call, kwargs: dict, verify: Callable) -> s
 # ---------------------------------------------------------------- recognition
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def _layers(module: Any) -> list[Any]:
     layers = getattr(module.base_model, "layers", None)
     return list(layers) if isinstance(layers, nn.ModuleList) else []
 
 
-def _check(layer: nn.Module, call: Call | None) -> None:
+def _check(layer: Any, call: Call | None) -> None:
     if call is None or _body(layer) is None:
         raise NotFusable(f"{type(layer).__name__} is not a known body")
     attention, mlp = layer.self_attn, layer.mlp
@@ -249,7 +249,7 @@ def _check(layer: nn.Module, call: Call | None) -> None:
     _activation(mlp.act_fn)
 
 
-def _body(layer: nn.Module) -> str | None:
+def _body(layer: Any) -> str | None:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -272,7 +272,7 @@ def _attentions() -> list[Callable]:
     return [attention.forward for attention in known]
 
 
-def _norm(module: nn.Module) -> Norm:
+def _norm(module: Any) -> Norm:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -295,7 +295,7 @@ def _activation(act: Callable) -> str:
     raise NotFusable(f"activation {act} is not a known one")
 
 
-def _same(f: Callable, g: Callable, depth: int = 4) -> bool:
+def _same(f: Any, g: Any, depth: int = 4) -> bool:
     """The same code in whatever file: instructions, names, constants, and whatever functions it calls by name."""
     f, g = inspect.unwrap(f), inspect.unwrap(g)
     if f is g:
@@ -322,8 +322,8 @@ def _same(f: Callable, g: Callable, depth: int = 4) -> bool:
 def _pack(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One weight and bias for several layers of the same input; theirs become views of it."""
     with torch.no_grad():
-        weight = torch.cat([linear.weight for linear in linears])
-        biases = [linear.bias for linear in linears if linear.bias is not None]
+        weight = torch.cat([linear.weight.data for linear in linears])
+        biases = [linear.bias.data for linear in linears if linear.bias is not None]
         if len(biases) not in (0, len(linears)):
             raise NotFusable("some of the packed layers have a bias and some have none")
         bias = torch.cat(biases) if biases else None

@@ -62,8 +62,9 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if not _triton(gate_up):
         gate, up = gate_up.float().chunk(2, -1)
-        act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
-        return (act(gate) * up).to(gate_up.dtype)
+        kind = "tanh" if activation == "gelu_tanh" else "none"
+        gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=kind)
+        return (gate * up).to(gate_up.dtype)
     from engine.triton_layer import gated_kernel
 
     out = gate_up.new_empty(num_rows, width)
@@ -87,8 +88,7 @@ def rope_write(
     dim, num_kv_heads = span.key_dim, span.num_kv_heads
     num_heads = qkv.shape[1] // dim - 2 * num_kv_heads
     if not _triton(qkv):
-        heads = qkv.view(qkv.shape[0], -1, dim)
-        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], 1)
+        q, k, v = qkv.view(qkv.shape[0], -1, dim).split([num_heads, num_kv_heads, num_kv_heads], 1)
         for part, norm in zip((q, k), norms or (None, None), strict=True):
             x = part if norm is None else norm.reference(part)
             low, high = x.float().chunk(2, -1)

@@ -112,6 +112,8 @@ def test_eos_one_step_late_drops_the_extra_row(llama: Path, tmp_path: Path) -> N
 class Sink:
     """Keeps what is reported, and grants itself pages at once."""
 
+    receiver = "peer"
+
     def __init__(self, engine: Engine, request: Request):
         self.engine, self.request, self.calls = engine, request, []
 

@@ -385,6 +385,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name in self.sinks:
             sim.scheduler.release(name)
         idle(sim)
+        self.gone |= set(sim.failed)  # a step launched ahead is lost only when it is taken in
         for (name, index), tokens in sim.outputs.items():
             request = self.requests[name]
             right = expected(request, index, sim.max_model_len)
