@@ -1,13 +1,17 @@
 """Our attention, as transformers calls it. Registered as "pdserve" in transformers.AttentionInterface.
 
 The name has no entry in transformers' mask table, so the models build no masks: each query's reach follows from the
-batch. This is the reference in plain torch, for any device.
+batch, which also knows how to attend. `attend` is the reference in plain torch, for any device.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from engine.batch import Batch, Group
+if TYPE_CHECKING:
+    from engine.batch import Batch, Group
+    from engine.paged_batch import PagedBatch
 
 NAME = "pdserve"
 
@@ -29,7 +33,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,  # attention sinks, [num_heads]
-    pdserve_batch: Batch | None = None,
+    pdserve_batch: "Batch | PagedBatch | None" = None,
     **other,
 ) -> tuple[torch.Tensor, None]:
     """Writes this step's K and V to the cache and attends. Returns [1, num_tokens, num_heads, value_dim]."""
@@ -39,7 +43,7 @@ def attention(
     if recorder is not None:
         recorder(module, query, key, value, sliding_window, other)
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return attend(layer, query, key, value, pdserve_batch, scale, sliding_window or 0, softcap, s_aux), None
+    return pdserve_batch.attend(layer, query, key, value, scale, sliding_window or 0, softcap, s_aux), None
 
 
 def attend(
@@ -47,7 +51,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    batch: Batch,
+    batch: "Batch",
     scale: float,
     window: int,
     softcap: float | None,
@@ -82,7 +86,7 @@ def _attend_single(q, k, v, mask, scale, softcap, sinks) -> torch.Tensor:
     return out.reshape(1, num_rows, -1, v.shape[-1])
 
 
-def _attend_chunk(q, k, v, group: Group, window, scale, softcap, sinks) -> torch.Tensor:
+def _attend_chunk(q, k, v, group: "Group", window, scale, softcap, sinks) -> torch.Tensor:
     """One row of many queries. q [1, num_heads, num_queries, dim]."""
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     if softcap is None and sinks is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.attention import attend
 from engine.kv_cache import KVCache, Slots, Table
 from engine.sequence import Row
 
@@ -78,6 +79,10 @@ class Batch:
         self.last = torch.tensor(last, device=device)  # [num_rows], each row's last token
         self.slots = Slots(torch.tensor(blocks, device=device), self.positions[0] % size)
         self.groups = list(self._group(singles, device))
+
+    def attend(self, layer: int, query, key, value, scale, window, softcap, sinks) -> torch.Tensor:
+        """[1, num_tokens, num_heads, value_dim]."""
+        return attend(layer, query, key, value, self, scale, window, softcap, sinks)
 
     def _group(self, singles: list[Row], device: torch.device):
         start = 0

@@ -24,6 +24,9 @@ class EngineConfig:
     max_num_seqs: int = 64  # sequences in the running batch (and never more than tokens per step)
     enable_prefix_caching: bool = True
     num_threads: int | None = None  # torch intra-op threads; None: leave them
+    paged: bool | None = None  # our kernels, steps launched ahead of their results; None: on CUDA. On CPU: for tests
+    fuse: bool = True  # rebuild known decoder layers from fused kernels
+    cuda_graphs: bool = True  # replay whole decode steps
     served_model_name: str = ""  # in the layout and ModelInfo; empty: the directory's name
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -28,7 +29,7 @@ from engine.invariants import check
 from engine.limits import Limits
 from engine.model import ModelInfo
 from engine.request import Event, Failed, FirstToken, Request, Reservation
-from engine.runner import KVSink, Runner
+from engine.runner import Handle, KVSink, Runner
 from engine.scheduler import Scheduler
 from engine.sequence import EngineStats, Plan
 
@@ -53,7 +54,7 @@ class Engine:
         say = progress or (lambda line: None)
         say(f"loading {config.served_model_name or config.model}")
         self.config = config
-        self._runner = runner = Runner(config)
+        self._runner = runner = Runner(config, say)
         self.layout, self.slab = runner.layout, runner.cache.slab
         self.load_s = runner.load_s
         num_blocks = runner.cache.num_blocks
@@ -81,6 +82,7 @@ class Engine:
         self._on_events = on_events
         self._sinks: dict[str, KVSink] = {}  # engine thread only
         self._grants: dict[str, Future[Reservation]] = {}  # engine thread only
+        self._flying: deque[tuple[Plan, Handle]] = deque()  # engine thread only
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []  # guarded by _wake, as is all below
         self._ids: set[str] = set()
@@ -235,7 +237,9 @@ class Engine:
             future.cancel()
 
     def _step(self) -> bool:
-        """Schedules and computes one step. False: nothing can run before the inbox brings something."""
+        """Schedules and launches one step, and takes in the results of those before it; of this one too, unless the
+        runner goes ahead. False: nothing can run before the inbox brings something.
+        """
         self._apply()
         plan = self._scheduler.schedule()
         if plan.events:
@@ -244,17 +248,29 @@ class Engine:
         events: list[Event] = []
         if plan.rows:
             try:
-                results = self._runner.execute(plan, self._sinks)
-            except Exception as error:  # the requests of this step are lost, the engine is not
-                log.exception("a step of %d rows failed", len(plan.rows))
-                events = self._scheduler.fail(plan, "INTERNAL", f"the step failed: {type(error).__name__}: {error}")
+                self._flying.append((plan, self._runner.launch(plan, self._sinks)))
+            except Exception as error:
+                events += self._lose(plan, error)
+        ahead = self._runner.runs_ahead and plan.rows and not plan.must_settle and not any(r.report for r in plan.rows)
+        is_busy = bool(plan.rows or self._flying)
+        while len(self._flying) > bool(ahead):
+            launched, handle = self._flying.popleft()
+            try:
+                results = handle.result()
+            except Exception as error:
+                events += self._lose(launched, error)
             else:
-                events = self._scheduler.update(plan, results)
-            self._apply()
+                events += self._scheduler.update(launched, results)
+        self._apply()
         self._settle()
         if events:
             self._emit(events)
-        return bool(plan.rows)
+        return is_busy
+
+    def _lose(self, plan: Plan, error: Exception) -> list[Event]:
+        """The requests of this step are lost, the engine is not."""
+        log.error("a step of %d rows failed", len(plan.rows), exc_info=error)
+        return self._scheduler.fail(plan, "INTERNAL", f"the step failed: {type(error).__name__}: {error}")
 
     def _tell_sinks(self, plan: Plan) -> None:
         for reservation in plan.granted:

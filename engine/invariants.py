@@ -21,6 +21,12 @@ def check(scheduler: Scheduler) -> None:
             capacity = len(sequence.block_ids) * scheduler.block_size
             assert not running or sequence.num_computed <= capacity, f"{run.request.id}: KV outside its blocks"
             assert sequence.num_pending >= 1, f"{run.request.id}: nothing left to compute"
+            flying = [row for plan in scheduler._flying for row in plan.rows if row.sequence is sequence]
+            assert sequence.num_launched == sum(row.num_tokens for row in flying), f"{run.request.id}: in flight"
+            assert sequence.num_unknown == sum(row.samples for row in flying), f"{run.request.id}: unknown tokens"
+    for plan, block_ids, _ in scheduler._late:
+        assert plan in scheduler._flying, "blocks wait for a plan that is not in flight"
+        owned.update(block_ids)
     for held in scheduler._held.values():
         owned.update(held.block_ids)
         owned.update(held.growth)

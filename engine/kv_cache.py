@@ -1,12 +1,23 @@
 """The KV memory of one device: one slab of bytes, and per layer the ways in (write) and out (gather)."""
 
 import mmap
+from dataclasses import dataclass
 
 import torch
 
 from engine.kv_layout import KVLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a layer's K and V begin inside a block, for kernels that address the slab themselves."""
+
+    first: int  # elements into the block: K [num_kv_heads, block_size, key_dim], then V
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
 
 
 class KVCache:
@@ -16,7 +27,11 @@ class KVCache:
         self.layout, self.num_blocks = layout, num_blocks
         self.slab = _zeros(num_blocks * layout.block_bytes, device).view(num_blocks, layout.block_bytes)
         dtype, size = DTYPES[layout.dtype], layout.block_size
-        elements = self.slab.view(dtype)  # [num_blocks, elements per block]
+        self.elements = elements = self.slab.view(dtype)  # [num_blocks, elements per block]
+        self.spans = [
+            Span(offset // dtype.itemsize, shape.num_kv_heads, shape.key_dim, shape.value_dim)
+            for shape, offset in zip(layout.layers, layout.layer_offsets, strict=False)
+        ]
         self.layers: list[TiledLayer | StridedLayer] = []
         for shape, offset in zip(layout.layers, layout.layer_offsets, strict=False):
             start = offset // dtype.itemsize

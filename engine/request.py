@@ -177,6 +177,9 @@ def find_finish(
             return Finish(FinishReason.STOP, eos_token_id=token_id)
         if token_id in sampling.stop_token_ids:
             return Finish(FinishReason.STOP, stop_token_id=token_id)
-    if offset + 1 >= sampling.max_tokens or request.num_prompt_tokens + offset + 1 >= max_model_len:
-        return Finish(FinishReason.LENGTH)
-    return None
+    return Finish(FinishReason.LENGTH) if is_last(request, offset, max_model_len) else None
+
+
+def is_last(request: Request, offset: int, max_model_len: int) -> bool:
+    """Whether output position `offset` is the last one there can be, whatever token comes there."""
+    return offset + 1 >= request.sampling.max_tokens or request.num_prompt_tokens + offset + 1 >= max_model_len

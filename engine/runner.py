@@ -1,9 +1,12 @@
 """One model and its KV cache on one device: a plan in, its rows' results out, KV reported as layers are written."""
 
+import gc
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -12,8 +15,11 @@ from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.kv_layout import KVLayout
 from engine.model import Model, load
+from engine.prove import fuse_model
 from engine.sampler import sample
 from engine.sequence import Plan, Row, RowResult
+from engine.steps import Flight, Steps
+from engine.verify import UnsupportedModel
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +40,18 @@ class KVSink(Protocol):
         """Logical blocks block_start.. (pool ids `block_ids`) hold the final KV of layers [layer_start, layer_stop)."""
 
 
+class Handle(Protocol):
+    """One launched step."""
+
+    def result(self) -> list[RowResult]:
+        """In the order of the plan's rows; waits. Raises whatever the step did: it is lost then."""
+
+
 class Runner:
     """Keeps model and cache behind one call, so that they can move to other processes or graphs."""
 
-    def __init__(self, config: EngineConfig):
-        self.device = _device(config.device)
+    def __init__(self, config: EngineConfig, progress: Callable[[str], None] = lambda line: None):
+        self.device = _device(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         started = time.monotonic()
@@ -50,12 +63,55 @@ class Runner:
         self.layout = KVLayout.of(
             model.info.name, model.weights_digest, model.rope_digest, model.info.dtype, block_size, model.layers
         )
-        self.cache = KVCache(self.layout, self._num_blocks(config), self.device)
+        paged = self.device.type == "cuda" if config.paged is None else config.paged
+        if paged and config.fuse:
+            progress(str(fuse_model(model, self.device)))
+            gc.collect()  # the copies of layers that were compared
+        self.cache = KVCache(self.layout, self._num_blocks(config, paged), self.device)
+        self.steps = self._steps(config, self.cache) if paged else None
+        if self.steps is not None and self.device.type == "cuda" and config.cuda_graphs:
+            began = time.monotonic()
+            self._capture(config, self.steps)
+            free = torch.cuda.mem_get_info(self.device)[0] / 2**30
+            took = time.monotonic() - began
+            progress(f"{len(self.steps.graphs)} CUDA graphs in {took:.1f} s, {free:.2f} GiB of the device left free")
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a plan may be launched before the results of the one before are taken in."""
+        return self.steps is not None
 
     @torch.inference_mode()
-    def execute(self, plan: Plan, sinks: Mapping[str, KVSink]) -> list[RowResult]:
-        """Computes the plan's rows, in the plan's order. Raises whatever the model raises: the step is lost then."""
+    def launch(self, plan: Plan, sinks: Mapping[str, KVSink]) -> Handle:
+        """Starts the plan's rows. Raises what the host meets; what the device meets is raised by result()."""
         reports = [_Report(row, sinks[row.sequence.request.id], self.layout) for row in plan.rows if row.report]
+        if self.steps is None:
+            return _Done(self._execute(plan, reports))
+        pending: deque[tuple[Any, _Report, int]] = deque()
+
+        def on_layer(layer: int) -> None:
+            self.last_layer_at = time.monotonic()
+            due = [r for r in reports if (layer + 1) % r.stride == 0 or layer + 1 == self.layout.num_layers]
+            if due:
+                event = _event(self.device)
+                pending.extend((event, report, layer + 1) for report in due)
+            while pending and pending[0][0].query():
+                _, report, stop = pending.popleft()
+                report.send(stop)
+
+        try:
+            flight = self.steps.launch(plan, on_layer)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            num_tokens = sum(row.num_tokens for row in plan.rows)
+            raise MemoryError(
+                f"no GPU memory for a step of {num_tokens} tokens: lower max_num_batched_tokens or "
+                "gpu_memory_utilization"
+            ) from None
+        return _InFlight(self, plan, flight, reports, pending)
+
+    def _execute(self, plan: Plan, reports: "list[_Report]") -> list[RowResult]:
+        """The reference: one step from end to end."""
 
         def on_layer(layer: int) -> None:
             self.last_layer_at = time.monotonic()
@@ -67,10 +123,7 @@ class Runner:
         batch = Batch(plan.rows, self.cache, on_layer)
         logits = self.model.logits(batch)
         results = dict(zip(map(id, batch.rows), sample(logits, batch.rows, self.model.info.eos_token_ids), strict=True))
-        for report in reports:
-            if report.error is not None:
-                results[id(report.row)] = RowResult(error=("INTERNAL", f"KV sink failed: {report.error}"))
-        return [results[id(row)] for row in plan.rows]
+        return _in_order(plan, results, reports)
 
     def apply(self, memory_ops: list[tuple[int | None, int]]) -> None:
         """Copies and wipes blocks, in order, before anything else touches them."""
@@ -80,13 +133,36 @@ class Runner:
                     self.cache.zero_block(target)
                 else:
                     self.cache.copy_block(source, target)
+        if any(source is None for source, _ in memory_ops):
+            self._settle()  # a peer may be the next to write there, and does not wait for our stream
 
     def _settle(self) -> None:
         """A sink reads the slab from the host's side, so what was launched must have been written."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _num_blocks(self, config: EngineConfig) -> int:
+    def _steps(self, config: EngineConfig, cache: KVCache) -> Steps:
+        max_len = min(config.max_model_len or self.model.info.max_model_len, cache.num_blocks * self.layout.block_size)
+        max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        width = -(-max_len // self.layout.block_size)
+        return Steps(self.model, cache, max(config.max_num_batched_tokens, max_rows), max_rows, max_rows * width)
+
+    @torch.inference_mode()
+    def _capture(self, config: EngineConfig, steps: Steps) -> None:
+        try:
+            steps.capture()
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"gpu_memory_utilization: {config.gpu_memory_utilization} leaves no memory for CUDA graphs; lower it, "
+                "or set cuda_graphs to false"
+            ) from None
+        except RuntimeError as error:
+            raise UnsupportedModel(
+                f"{self.model.info.architectures[0]}: a decode step cannot be captured as a CUDA graph: "
+                f"{str(error).splitlines()[0]}; set cuda_graphs to false to run without"
+            ) from error
+
+    def _num_blocks(self, config: EngineConfig, paged: bool) -> int:
         block_bytes = self.layout.block_bytes
         if config.num_blocks is not None:
             return config.num_blocks
@@ -95,11 +171,11 @@ class Runner:
             if num_blocks < 1:
                 raise ValueError(f"kv_cache_gib: {config.kv_cache_gib!r} is less than one block of {block_bytes} bytes")
             return num_blocks
-        self._warm_up(config)
+        torch.cuda.empty_cache()
+        needed = self._warm_up(config, paged)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
-        activations = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
-        room = free - activations - int(total * (1 - config.gpu_memory_utilization))
+        room = free - needed - int(total * (1 - config.gpu_memory_utilization))
         if room < block_bytes:
             raise ValueError(
                 f"gpu_memory_utilization: {config.gpu_memory_utilization} leaves {room / 2**30:.2f} GiB for the KV "
@@ -107,16 +183,82 @@ class Runner:
             )
         return room // block_bytes
 
-    def _warm_up(self, config: EngineConfig) -> None:
-        """One step of the largest size, so that the peak of its activations is known."""
+    @torch.inference_mode()
+    def _warm_up(self, config: EngineConfig, paged: bool) -> int:
+        """Bytes that steps need beside weights and cache: a prompt of the largest size, and a captured full batch."""
         from engine.verify import dummy_row
 
         size = min(config.max_num_batched_tokens, self.model.info.max_model_len - 1)
         num_blocks = -(-size // self.layout.block_size)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        with torch.inference_mode():
-            cache = KVCache(self.layout, num_blocks, self.device)
-            self.model.logits(Batch([dummy_row(size, num_blocks)], cache))
+        cache = KVCache(self.layout, num_blocks, self.device)
+        steps = self._steps(config, cache) if paged else None
+
+        def peak(rows: list[Row]) -> int:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            if steps is None:
+                self.model.logits(Batch(rows, cache))
+            else:
+                steps.launch(Plan(rows)).wait()
+            return torch.cuda.max_memory_allocated(self.device) - before
+
+        needed = peak([dummy_row(size, num_blocks)])
+        if steps is not None:
+            needed += steps.num_bytes
+            if config.cuda_graphs:
+                needed += peak([dummy_row(1, 1) for _ in range(steps.max_rows)])
+                needed += GRAPH_BYTES * len(steps.bucket_shapes())
+        return needed
+
+
+GRAPH_BYTES = 4 << 20  # what a captured graph of a few hundred kernels takes beside its tensors
+
+
+@dataclass(slots=True)
+class _Done:
+    results: list[RowResult]
+
+    def result(self) -> list[RowResult]:
+        return self.results
+
+
+class _InFlight:
+    def __init__(self, runner: Runner, plan: Plan, flight: Flight, reports: "list[_Report]", pending: deque):
+        self._runner, self._plan, self._flight, self._reports, self._pending = runner, plan, flight, reports, pending
+
+    def result(self) -> list[RowResult]:
+        while self._pending:
+            event, report, stop = self._pending.popleft()
+            event.synchronize()
+            self._runner.last_layer_at = time.monotonic()
+            report.send(stop)
+        return _in_order(self._plan, self._flight.results(), self._reports)
+
+
+def _in_order(plan: Plan, results: dict[int, RowResult], reports: "list[_Report]") -> list[RowResult]:
+    for report in reports:
+        if report.error is not None:
+            results[id(report.row)] = RowResult(error=("INTERNAL", f"KV sink failed: {report.error}"))
+    return [results[id(row)] for row in plan.rows]
+
+
+def _event(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return _Passed()
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event
+
+
+class _Passed:
+    """The event of a device that has always finished."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _Report:
@@ -142,9 +284,18 @@ class _Report:
         self.layer = layer_stop
 
 
-def _device(name: str) -> torch.device:
+def _device(config: EngineConfig) -> torch.device:
+    name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise ValueError(f"device: {name!r} is not available: torch sees no CUDA device")
-    return torch.device(name if name != "cuda" else f"cuda:{torch.cuda.current_device()}")
+    device = torch.device(name if name != "cuda" else f"cuda:{torch.cuda.current_device()}")
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(f"device: {name!r} is not in [cuda:0, cuda:{torch.cuda.device_count() - 1}]")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"device: {torch.cuda.get_device_name(device)} is too old: compute capability 8.0 is needed")
+    torch.cuda.set_device(device)
+    return device

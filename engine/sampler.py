@@ -169,7 +169,7 @@ def _logprobs(logits: torch.Tensor, draws: Sequence[Draw], tokens: Sequence[int]
 
 def _draws(i: int, row: Row) -> list[Draw]:
     sequence, request = row.sequence, row.sequence.request
-    offset = len(sequence.token_ids) - request.num_prompt_tokens
+    offset = row.stop - request.num_prompt_tokens
     return [
         Draw(i, sequence.index + fork, offset, sequence.token_ids, request.num_prompt_tokens, request.sampling)
         for fork in range(sequence.forks)

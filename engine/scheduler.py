@@ -5,6 +5,11 @@ waits for blocks and seats and nothing overtakes it, except that a sink prompt w
 nothing and stands aside. A prompt takes all its blocks on admission; only a decoding sequence grows, and when no block
 is left the lowest-priority, youngest sequence gives up its own and is recomputed later (its full blocks stay cached).
 Reservations, pinned prompts and admitted sink prompts are never preempted: they end by adopt, release or abort.
+
+Plans may be launched ahead: schedule() again before update() of the plan before. A sequence whose next token only the
+device knows is then planned on, unless it ends for its length there; an EOS is known one step late, and the row
+launched beyond it is dropped. Nobody is preempted while a plan is in flight, and what ends then keeps its blocks until
+the last plan of that moment is taken in, for its row may still write there.
 """
 
 from bisect import insort
@@ -25,6 +30,7 @@ from engine.request import (
     Started,
     Token,
     find_finish,
+    is_last,
 )
 from engine.sequence import (
     EngineStats,
@@ -65,6 +71,8 @@ class Scheduler:
         self._queue: list[Sequence | QueuedReservation] = []
         self._running: list[Sequence] = []
         self._held: dict[str, HeldReservation] = {}
+        self._flying: list[Plan] = []
+        self._late: list[tuple[Plan, list[int], bool]] = []  # blocks to release after that plan, and whether to wipe
         self._arrivals = count()
         self._generations = count(1)
         self._steps = self._computed = self._cached = self._generated = self._preemptions = 0
@@ -141,7 +149,7 @@ class Scheduler:
         plan = Plan()
         preemptions = self._preemptions
         for sequence in sorted(self._running, key=lambda s: s.rank):
-            if sequence.status is Status.RUNNING and sequence.num_pending == 1 and self._grow(sequence, plan):
+            if sequence.status is Status.RUNNING and sequence.num_pending == 1 and self._continues(sequence, plan):
                 self._add_row(plan, sequence, 1)
         budget = self.max_num_batched_tokens - len(plan.rows)
         for sequence in sorted(self._running, key=lambda s: s.rank):
@@ -152,15 +160,19 @@ class Scheduler:
             self._admit(plan, budget)
         if plan.rows:
             self._steps += 1
+            self._flying.append(plan)
         return plan
 
     def update(self, plan: Plan, results: list[RowResult]) -> list[Event]:
         """Takes in what the rows gave: commits blocks, appends tokens, forks, ends. Returns the news."""
         events: list[Event] = []
+        self._flying = [other for other in self._flying if other is not plan]
         for row, result in zip(plan.rows, results, strict=True):
             sequence = row.sequence
+            sequence.num_launched -= row.num_tokens
+            sequence.num_unknown -= row.samples
             if sequence.status is Status.ENDED:
-                continue  # a sibling failed the request in this very step
+                continue  # by a token of the step before, or by a sibling in this very step
             if result.error is not None:
                 events.append(self._fail(sequence, *result.error))
                 continue
@@ -169,6 +181,7 @@ class Scheduler:
             self.blocks.commit(sequence)
             if result.tokens:
                 self._take_tokens(sequence, result, events)
+        self._release_late(plan)
         return events
 
     def fail(self, plan: Plan, reason: str, message: str) -> list[Event]:
@@ -277,22 +290,35 @@ class Scheduler:
     # ---------------------------------------------------------------- running sequences
 
     def _add_row(self, plan: Plan, sequence: Sequence, num_tokens: int) -> int:
-        row = Row(sequence, sequence.num_computed, num_tokens)
+        row = Row(sequence, sequence.num_computed + sequence.num_launched, num_tokens)
         if sequence.is_sink:
             stop = len(sequence.block_ids) if row.samples else row.stop // self.block_size
             if stop > sequence.num_reported:
                 row.report = (sequence.num_reported, stop)
                 sequence.num_reported = stop
         plan.rows.append(row)
+        sequence.num_launched += num_tokens
+        sequence.num_unknown += row.samples
         return num_tokens
+
+    def _continues(self, sequence: Sequence, plan: Plan) -> bool:
+        """Whether a decoding sequence is in this step: its next token is known, or on the device, and has a place."""
+        if sequence.num_unknown:
+            offset = len(sequence.token_ids) - sequence.request.num_prompt_tokens
+            if sequence.is_sink or sequence.forks > 1 or is_last(sequence.request, offset, self.max_model_len):
+                return False
+        return self._grow(sequence, plan)
 
     def _grow(self, sequence: Sequence, plan: Plan) -> bool:
         """Makes room for the sequence's next token, preempting others, or itself: then False."""
-        while len(sequence.block_ids) * self.block_size < len(sequence.token_ids):
+        while len(sequence.block_ids) * self.block_size < len(sequence.token_ids) + sequence.num_unknown:
             fresh = self.pool.allocate(1)
             if fresh is not None:
                 sequence.block_ids += fresh
                 continue
+            if self._flying:
+                plan.must_settle = True
+                return False
             victim = max((s for s in self._running if not s.is_sink), key=lambda s: s.rank)
             self._preempt(victim)
             plan.events.append(Preempted(victim.request.id, victim.index))
@@ -356,29 +382,42 @@ class Scheduler:
 
     # ---------------------------------------------------------------- endings
 
-    def _end_sequence(self, run: Run, sequence: Sequence) -> list[int]:
-        """Frees what one sequence holds; the run ends with its last. Returns the blocks that became free outright."""
+    def _end_sequence(self, run: Run, sequence: Sequence, wipe: bool = False) -> None:
+        """Frees what one sequence holds; the run ends with its last."""
         if sequence.status is Status.RUNNING:
             self._running.remove(sequence)
         elif sequence.status is Status.WAITING:
             self._queue.remove(sequence)
         sequence.status = Status.ENDED
         run.live.remove(sequence)
-        freed = self.pool.release(sequence.block_ids)
+        self._release(sequence.block_ids, wipe)
         sequence.block_ids = []
         if not run.live:
             self._forget(run)
-        return freed
 
-    def _end(self, run: Run) -> list[int]:
-        """Frees all that a request holds."""
-        freed: list[int] = []
+    def _end(self, run: Run, wipe: bool = False) -> None:
+        """Frees all that a request holds. `wipe`: what it wrote may not be finite."""
         for sequence in list(run.live):
-            freed += self._end_sequence(run, sequence)
+            self._end_sequence(run, sequence, wipe)
         if run.pinned is not None:
-            self.pool.release(run.pinned)
+            self._release(run.pinned, False)
             self._forget(run)
-        return freed
+
+    def _release(self, block_ids: list[int], wipe: bool) -> None:
+        if self._flying:
+            self._late.append((self._flying[-1], block_ids, wipe))
+            return
+        freed = self.pool.release(block_ids)
+        if wipe:
+            self.blocks.wipe(freed)
+
+    def _release_late(self, plan: Plan) -> None:
+        due = [entry for entry in self._late if entry[0] is plan]
+        self._late = [entry for entry in self._late if entry[0] is not plan]
+        for _, block_ids, wipe in due:
+            freed = self.pool.release(block_ids)
+            if wipe:
+                self.blocks.wipe(freed)
 
     def _forget(self, run: Run) -> None:
         del self._runs[run.request.id]
@@ -386,7 +425,7 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, reason: str, message: str) -> Failed:
         request = sequence.request
-        self.blocks.wipe(self._end(self._runs[request.id]))
+        self._end(self._runs[request.id], wipe=True)
         return Failed(request.id, reason, message)
 
     def _drop_reservations(self, chosen: Callable[[str, Request], bool]) -> list[str]:

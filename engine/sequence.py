@@ -41,6 +41,8 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed yet
     num_computed: int = 0
+    num_launched: int = 0  # tokens of rows in flight: launched, their results not taken in yet
+    num_unknown: int = 0  # rows in flight that sample: tokens that only the device knows yet
     num_committed: int = 0  # leading blocks already offered to the prefix cache
     num_reported: int = 0  # leading blocks that the sink's receiver holds or was told of
 
@@ -54,7 +56,8 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        """Tokens that no row has been made for, those included that only the device knows."""
+        return len(self.token_ids) + self.num_unknown - self.num_computed - self.num_launched
 
     @property
     def order(self) -> tuple[bool, int, int, int]:
@@ -101,28 +104,31 @@ class Run:
 
 @dataclass(slots=True)
 class Row:
-    """`num_tokens` of one sequence from `start` on, computed in this step."""
+    """`num_tokens` of one sequence from `start` on, computed in this step.
+
+    `samples`: its last token is the sequence's last, so its logits give the next token.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
     report: tuple[int, int] | None = None  # logical blocks that become final in this step, for the sink
+    samples: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.samples = self.stop == len(self.sequence.token_ids) + self.sequence.num_unknown
 
     @property
     def stop(self) -> int:
         return self.start + self.num_tokens
 
-    @property
-    def samples(self) -> bool:
-        """Whether the last token of the row is the sequence's last: its logits give the next token."""
-        return self.stop == len(self.sequence.token_ids)
 
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Plan:
     """One step. Everything but `rows` is news that holds whether or not there is anything to compute."""
 
     rows: list[Row] = field(default_factory=list)
+    must_settle: bool = False  # what is in flight must be taken in before the next plan: blocks or tokens are needed
     events: list[Event] = field(default_factory=list)
     wanted: list[str] = field(default_factory=list)  # sink prompts that would be computed next
     granted: list[Reservation] = field(default_factory=list)

@@ -6,6 +6,7 @@ forked or handed over on the way; `Simulator.step` checks every slot a row would
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from engine.invariants import check
 from engine.request import Event, Failed, Preempted, Request, Reservation, SamplingParams, Started, Token
@@ -53,6 +54,11 @@ class Simulator:
     granted: dict[str, Reservation] = field(default_factory=dict)
     reported: dict[str, list[int]] = field(default_factory=dict)  # sink prompt -> logical blocks, in order
     preemptions: int = 0
+    ahead: bool = False  # launch each plan before the results of the one before are taken in, as on a GPU
+    flying: list[tuple[Plan, list[RowResult], str | None]] = field(default_factory=list)
+    launched: list[int] = field(default_factory=list)  # how many works the device has done once each of them is
+    device: list[Callable[[], None]] = field(default_factory=list)  # launched, not done yet: it happens late
+    num_done: int = 0
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(
@@ -89,27 +95,61 @@ class Simulator:
         results = []
         for row in plan.rows:
             sequence = row.sequence
-            self.fill(sequence.block_ids, sequence.token_ids[: row.stop], row.start)
-            self.verify(sequence.block_ids, sequence.token_ids[: row.stop], sequence.request.id)
+            ids = [*sequence.token_ids, *self.unknown(sequence)]
+            self.device.append(partial(self.compute, list(sequence.block_ids), ids, row.start, row.stop))
             if row.report:
                 self.reported.setdefault(sequence.request.id, []).extend(range(*row.report))
             result = RowResult()
             if row.samples:
-                ids = sequence.token_ids
                 result.tokens = [(next_token(ids, sequence.index + i), None) for i in range(sequence.forks)]
             results.append(outcome(row) or result)
-        if whole is not None:
-            self.hear(self.scheduler.fail(plan, "INTERNAL", whole))
-        else:
-            self.hear(self.scheduler.update(plan, results))
+        self.flying.append((plan, results, whole))
+        self.launched.append(self.num_done + len(self.device))
+        keep = self.ahead and bool(plan.rows) and not plan.must_settle
+        while len(self.flying) > keep:
+            self.settle()
         self.apply()
         check(self.scheduler)
         return plan
 
+    def settle(self) -> None:
+        """Takes in the oldest plan in flight."""
+        plan, results, whole = self.flying.pop(0)
+        self.finish_device(max(0, self.launched.pop(0) - self.num_done))
+        if whole is not None:
+            self.hear(self.scheduler.fail(plan, "INTERNAL", whole))
+        else:
+            self.hear(self.scheduler.update(plan, results))
+
+    def finish_device(self, n: int | None = None) -> None:
+        n = len(self.device) if n is None else n
+        done, self.device = self.device[:n], self.device[n:]
+        self.num_done += n
+        for work in done:
+            work()
+
+    def unknown(self, sequence) -> list[int]:
+        """Tokens of the sequence that only the device knows yet."""
+        return [
+            result.tokens[0][0]
+            for plan, results, _ in self.flying
+            for row, result in zip(plan.rows, results, strict=True)
+            if row.sequence is sequence and row.samples and result.tokens
+        ]
+
+    def compute(self, block_ids: list[int], ids: list[int], start: int, stop: int) -> None:
+        self.fill(block_ids, ids[:stop], start)
+        self.verify(block_ids, ids[:stop], "a row")
+
     def apply(self) -> None:
-        for source, target in self.scheduler.blocks.memory_ops:
-            self.slots[target] = list(self.slots[source]) if source is not None else [None] * self.block_size
-        self.scheduler.blocks.memory_ops.clear()
+        ops, self.scheduler.blocks.memory_ops = self.scheduler.blocks.memory_ops, []
+        for source, target in ops:
+            self.device.append(partial(self.copy, source, target))
+        if ops:
+            self.finish_device()  # as the runner does: a peer may write there next
+
+    def copy(self, source: int | None, target: int) -> None:
+        self.slots[target] = list(self.slots[source]) if source is not None else [None] * self.block_size
 
     def hear(self, events: list[Event]) -> None:
         for event in events:

@@ -179,8 +179,7 @@ def test_rows_to_results() -> None:
     torch.manual_seed(1)
     logits = torch.randn(4, 50)
     logits[2, 7] = torch.nan
-    partial = row_of([1, 2, 3], 0, temperature=0)
-    partial.num_tokens = 2
+    partial = Row(row_of([1, 2, 3], 0, temperature=0).sequence, 0, 2)
     rows = [
         row_of([1, 2], 1, temperature=0, logprobs=3),
         row_of([1, 2], 0, forks=3, seed=4, num_sequences=3),

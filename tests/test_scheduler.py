@@ -263,12 +263,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sim = Simulator(num_blocks=7, max_num_seqs=4, max_num_batched_tokens=24, max_model_len=90)
+        self.sim = self.simulator()
         self.limits = Limits(10**6, 90, 4, 7, 16)
         self.requests: dict[str, Request] = {}
         self.sinks: set[str] = set()
         self.asked: set[str] = set()
         self.gone: set[str] = set()  # aborted or failed by us
+
+    def simulator(self) -> Simulator:
+        return Simulator(num_blocks=7, max_num_seqs=4, max_num_batched_tokens=24, max_model_len=90)
 
     def new(self, kind, length, family, n, max_tokens, priority) -> Request | None:
         name = f"{kind}{len(self.requests)}"
@@ -382,6 +385,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name in self.sinks:
             sim.scheduler.release(name)
         idle(sim)
+        self.gone |= set(sim.failed)  # a step launched ahead is lost only when it is taken in
         for (name, index), tokens in sim.outputs.items():
             request = self.requests[name]
             right = expected(request, index, sim.max_model_len)
@@ -392,8 +396,32 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert blocks == list(range(blocks[0], blocks[0] + len(blocks))), f"{name}: {blocks} reported"
 
 
+class AheadMachine(SchedulerMachine):
+    """The same lives with each plan launched before the one before is taken in, on a device that works late."""
+
+    def simulator(self) -> Simulator:
+        sim = super().simulator()
+        sim.ahead, sim.scheduler.eos_token_ids = True, frozenset({7, 11})
+        return sim
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestAheadMachine = AheadMachine.TestCase
+TestAheadMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+def test_launched_ahead_gives_the_same_and_drops_what_lies_beyond_eos() -> None:
+    requests = [make_request(str(i), range(100 * i, 100 * i + 20 + i), 30) for i in range(6)]
+    outputs = []
+    for ahead in (False, True):
+        sim = Simulator(ahead=ahead, eos=frozenset({5, 9, 17, 23}), num_blocks=12)
+        for request in requests:
+            sim.scheduler.add(request)
+        sim.run()
+        idle(sim)
+        outputs.append(sim.outputs)
+    assert outputs[0] == outputs[1] and min(map(len, outputs[0].values())) < 30
 
 
 def test_scheduler_and_pool_import_no_torch() -> None:

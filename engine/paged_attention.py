@@ -1,0 +1,229 @@
+"""Attention over the paged cache: rows of one query by our own kernel, longer chunks by torch's flash where it can.
+
+Every function here has its definition in plain torch, which a CPU runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine import ops
+from engine.attention import _plain
+from engine.kv_cache import KVCache, Table
+
+if TYPE_CHECKING:
+    from engine.inputs import StepTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a layer asks for beside its tensors, as it arrives through transformers' attention interface."""
+
+    layer: int
+    scale: float
+    window: int = 0  # 0: full attention
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None  # [num_heads]
+
+
+@dataclass(slots=True)
+class Singles:
+    """Rows of one query each. Device tensors, int32; rows without KV come last."""
+
+    kv_lens: torch.Tensor  # [num_rows]
+    tables: torch.Tensor  # block ids of all rows, one after the other
+    starts: torch.Tensor  # [num_rows], where each row's begin
+    tiles: dict[int, torch.Tensor]  # window -> [num_rows + 1], running sum of each row's tiles
+
+
+@dataclass(slots=True)
+class Chunk:
+    """One row of several queries, the last of its `kv_len` tokens."""
+
+    start: int  # of its tokens in the step
+    num_queries: int
+    kv_len: int
+    table: torch.Tensor  # int32, its block ids
+
+
+class Workspace:
+    """Partial results of rows that several programs share, and the shape of the grid. One per device and cache."""
+
+    def __init__(self, cache: KVCache, max_rows: int, num_heads: int):
+        """`num_heads`: the most query heads of any layer."""
+        spans, device = cache.spans, cache.elements.device
+        self.tile = min(tile_tokens(max(s.key_dim, s.value_dim), cache.elements.dtype) for s in spans)
+        self.queries = self.tile  # per program of the prefill kernel
+        num_kv_heads = max(s.num_kv_heads for s in spans)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        # two programs to an SM: with three, 64 rows of 1024 tokens took 100 us instead of 93
+        self.programs = {s.num_kv_heads: max(1, processors * 2 // s.num_kv_heads) for s in spans}
+        self.max_rows, self.num_bytes = max_rows, 0
+        if device.type != "cuda" and not ops.force_triton:
+            return
+        slots = max(h * p for h, p in self.programs.items()) * 2
+        group = max(16, ops._power(-(-num_heads // min(s.num_kv_heads for s in spans))))
+        width = max(ops._power(s.value_dim) for s in spans)
+        self.partial = torch.empty(slots * group * width, dtype=torch.float32, device=device)
+        self.stats = torch.empty(slots * group * 2, dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
+        self.num_bytes = 4 * (self.partial.numel() + self.stats.numel() + self.arrived.numel())
+
+
+def tile_tokens(dim: int, dtype: torch.dtype) -> int:
+    """Tokens per tile of the decode kernel: two tiles of K and V in flight must fit an SM's shared memory."""
+    return 64 if ops._power(dim) * dtype.itemsize <= 512 else 32
+
+
+def count_tiles(kv_len: int, window: int, tile: int) -> int:
+    """How many tiles a row of one query reads. Those wholly before its window are skipped."""
+    skipped = max(kv_len - window, 0) // tile if window else 0
+    return -(-kv_len // tile) - skipped
+
+
+def attend_singles(
+    query: torch.Tensor,  # [num_rows, num_heads, key_dim], any strides but the last
+    call: Call,
+    rows: Singles,
+    cache: KVCache,
+    workspace: Workspace,
+    out: torch.Tensor | None = None,  # [num_rows, num_heads, value_dim]
+) -> torch.Tensor:
+    """[num_rows, num_heads, value_dim]. What rows without KV get is left as it was."""
+    span = cache.spans[call.layer]
+    num_heads = query.shape[1]
+    if out is None:
+        out = query.new_empty(*query.shape[:2], span.value_dim)
+    if not ops._triton(query):
+        return _reference_singles(query, call, rows, cache, out)
+    from engine.triton_decode import decode_kernel
+
+    group = num_heads // span.num_kv_heads
+    wide = max(span.key_dim, span.value_dim) * query.element_size() > 256
+    decode_kernel[(span.num_kv_heads, workspace.programs[span.num_kv_heads])](
+        query,
+        cache.elements,
+        out,
+        workspace.partial,
+        workspace.stats,
+        workspace.arrived,
+        rows.kv_lens,
+        rows.tables,
+        rows.starts,
+        rows.tiles[call.window],
+        out if call.sinks is None else call.sinks,
+        rows.kv_lens.shape[0],
+        query.stride(0),
+        query.stride(1),
+        span.first,
+        cache.elements.stride(0),
+        call.scale,
+        call.softcap or 0.0,
+        call.window,
+        MIN_SHARE,
+        span.num_kv_heads,
+        GROUP=group,
+        GROUP_BLOCK=max(16, ops._power(group)),
+        KEY_DIM=span.key_dim,
+        KEY_BLOCK=ops._power(span.key_dim),
+        VALUE_DIM=span.value_dim,
+        VALUE_BLOCK=ops._power(span.value_dim),
+        BLOCK_SIZE=cache.layout.block_size,
+        BLOCK=workspace.tile,
+        ROWS=max(16, ops._power(workspace.max_rows)),  # one compilation for all batches
+        HAS_WINDOW=call.window > 0,
+        HAS_CAP=bool(call.softcap),
+        HAS_SINKS=call.sinks is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        STAGES=2 if wide else 3,
+        num_warps=4,
+    )
+    return out
+
+
+MIN_SHARE = (
+    2  # tiles per program, below which a row is not split further: a lone row of 1024 took 11.8 us with 1, 10.0 so
+)
+
+
+def attend_chunks(
+    query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+    call: Call,
+    tensors: "StepTensors",
+    chunks: Sequence[Chunk],  # the same for the host; what a captured graph lacks
+    cache: KVCache,
+    workspace: Workspace,
+    out: torch.Tensor,  # [num_tokens, num_heads, value_dim]
+) -> None:
+    """Fills in the tokens of all chunks, each causal, its last query seeing all of its tokens."""
+    span = cache.spans[call.layer]
+    if not ops._triton(query):
+        for chunk in chunks:
+            here = slice(chunk.start, chunk.start + chunk.num_queries)
+            _reference_chunk(query[here], call, chunk, cache, out[here])
+        return
+    from engine.triton_prefill import prefill_kernel
+
+    num_heads = query.shape[1]
+    item = ops._power(max(span.key_dim, span.value_dim)) * query.element_size()
+    prefill_kernel[(num_heads, tensors.work.shape[0])](
+        query,
+        cache.elements,
+        out,
+        tensors.work,
+        tensors.chunks,
+        tensors.singles.tables,
+        out if call.sinks is None else call.sinks,
+        query.stride(0),
+        query.stride(1),
+        span.first,
+        cache.elements.stride(0),
+        call.scale,
+        call.softcap or 0.0,
+        call.window,
+        span.num_kv_heads,
+        GROUP=num_heads // span.num_kv_heads,
+        KEY_DIM=span.key_dim,
+        KEY_BLOCK=ops._power(span.key_dim),
+        VALUE_DIM=span.value_dim,
+        VALUE_BLOCK=ops._power(span.value_dim),
+        BLOCK_SIZE=cache.layout.block_size,
+        QUERIES=workspace.queries,
+        BLOCK=64 if item <= 256 else 32,
+        HAS_WINDOW=call.window > 0,
+        HAS_CAP=bool(call.softcap),
+        HAS_SINKS=call.sinks is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=4 if item <= 256 else 8,
+        num_stages=2,
+    )
+
+
+def _reference_singles(
+    query: torch.Tensor, call: Call, rows: Singles, cache: KVCache, out: torch.Tensor
+) -> torch.Tensor:
+    size = cache.layout.block_size
+    for i, (kv_len, start) in enumerate(zip(rows.kv_lens.tolist(), rows.starts.tolist(), strict=True)):
+        if kv_len:
+            table = rows.tables[start : start + -(-kv_len // size)]
+            chunk = Chunk(i, 1, kv_len, table)
+            _reference_chunk(query[i : i + 1], call, chunk, cache, out[i : i + 1])
+    return out
+
+
+def _reference_chunk(query: torch.Tensor, call: Call, chunk: Chunk, cache: KVCache, out: torch.Tensor) -> torch.Tensor:
+    k, v = cache.layers[call.layer].gather(Table(chunk.table[None].long()))  # [1, num_kv_heads, tokens, dim]
+    k, v = k[:, :, : chunk.kv_len, :], v[:, :, : chunk.kv_len, :]
+    num_kv_heads = k.shape[1]
+    q = query.transpose(0, 1)[None].unflatten(1, (num_kv_heads, -1))
+    last = torch.arange(chunk.kv_len - chunk.num_queries, chunk.kv_len, device=query.device)[:, None]
+    token = torch.arange(chunk.kv_len, device=query.device)
+    hidden = token > last
+    if call.window:
+        hidden |= token <= last - call.window
+    mask = torch.zeros(hidden.shape, device=query.device).masked_fill_(hidden, float("-inf"))
+    sinks = None if call.sinks is None else call.sinks.view(num_kv_heads, -1, 1, 1)
+    got = _plain(q, k[:, :, None], v[:, :, None], mask, call.scale, call.softcap, sinks)
+    return out.copy_(got.flatten(1, 2)[0].transpose(0, 1))

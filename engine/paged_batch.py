@@ -1,0 +1,70 @@
+"""One step on the device as the model sees it: what Batch is to the reference attention, for our kernels."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine import ops
+from engine.inputs import StepTensors
+from engine.kv_cache import KVCache
+from engine.paged_attention import Call, Chunk, Workspace, attend_chunks, attend_singles
+from engine.sequence import Row
+from engine.torch_prefill import attend_by_torch, torch_takes
+
+
+class PagedBatch:
+    """Rows of one token come first, then `chunks`. A captured graph knows neither `rows` nor `chunks`: they change."""
+
+    def __init__(
+        self,
+        tensors: StepTensors,
+        input_ids: torch.Tensor,  # int64 [1, num_tokens]
+        positions: torch.Tensor,  # int64 [1, num_tokens]
+        last: torch.Tensor,  # int64 [num_rows]
+        num_singles: int,
+        chunks: Sequence[Chunk],  # empty in a captured graph
+        cache: KVCache,
+        workspace: Workspace,
+        rows: Sequence[Row] = (),
+        on_layer: Callable[[int], None] = lambda layer: None,
+    ):
+        self.tensors, self.num_singles, self.chunks = tensors, num_singles, chunks
+        self.is_decode = not len(tensors.chunks)  # each token is its row's last
+        self.input_ids, self.positions, self.last = input_ids, positions, last
+        self.cache, self.workspace, self.rows, self.on_layer = cache, workspace, rows, on_layer
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [1, num_heads, num_tokens, key_dim], as transformers hands it over
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[1, num_tokens, num_heads, value_dim]."""
+        q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        ops.write_kv(k, v, self.cache, layer, self.tensors.slots)
+        return self.attend_written(q, k, v, Call(layer, scale, window, softcap, sinks))[None]
+
+    def attend_written(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call) -> torch.Tensor:
+        """For K and V that are in the cache: all [num_tokens, heads, dim], the last dimension contiguous."""
+        self.on_layer(call.layer)
+        tensors, cache, space = self.tensors, self.cache, self.workspace
+        if self.is_decode:
+            return attend_singles(query, call, tensors.singles, cache, space)
+        by_torch = self.chunks and torch_takes(query, call, cache)
+        if by_torch and not self.num_singles and len(self.chunks) == 1:
+            return attend_by_torch(query, key, value, call, self.chunks[0], cache)
+        out = query.new_empty(*query.shape[:2], cache.spans[call.layer].value_dim)
+        if self.num_singles:
+            attend_singles(query, call, tensors.singles, cache, space, out)
+        if not by_torch:
+            attend_chunks(query, call, tensors, self.chunks, cache, space, out)
+            return out
+        for chunk in self.chunks:
+            here = slice(chunk.start, chunk.start + chunk.num_queries)
+            out[here] = attend_by_torch(query[here], key[here], value[here], call, chunk, cache)
+        return out

@@ -1,0 +1,185 @@
+"""Steps on the device, launched without waiting: inputs sent, model run or its graph replayed, tokens on their way.
+
+launch n    inputs -> [prepare, model, pick] -> draws of rows that ask for more -> tokens to the host, event
+launch n+1  reads its ids from the tokens that n left on the device, before the host has seen them
+result n    waits for n's event only
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine import ops
+from engine.device_sampler import Drawn, Draws, Picker
+from engine.inputs import Inputs, StepTensors
+from engine.kv_cache import KVCache
+from engine.model import Model
+from engine.paged_attention import Chunk, Workspace
+from engine.paged_batch import PagedBatch
+from engine.prove import num_query_heads
+from engine.sequence import Plan, Row, RowResult
+
+log = logging.getLogger(__name__)
+
+BAD = RowResult(error=("NON_FINITE_LOGITS", "the model's logits hold NaN or Inf"))
+
+
+class Flight:
+    """One launched step."""
+
+    def __init__(self, rows: Sequence[Row], tokens: torch.Tensor, drawn: Drawn | None):
+        self.rows, self._tokens, self._drawn = rows, tokens, drawn
+        self._event = None
+        if torch.cuda.is_available() and tokens.is_pinned():
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def results(self) -> dict[int, RowResult]:
+        """By id of the row. Waits for the step."""
+        self.wait()
+        tokens = self._tokens.tolist()
+        results = [RowResult() for _ in self.rows]
+        special: dict[int, list] = {}
+        for index, token, logprob in self._drawn.read() if self._drawn is not None else ():
+            special.setdefault(index, []).append((token, logprob))
+        for i, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if token < 0:
+                results[i] = RowResult(error=BAD.error)
+            elif row.samples:
+                results[i].tokens = special.get(i) or [(token, None)]
+        return {id(row): result for row, result in zip(self.rows, results, strict=True)}
+
+
+class Steps:
+    """Owns what outlives a step on the device: input buffers, workspace, the last tokens, captured graphs."""
+
+    def __init__(self, model: Model, cache: KVCache, max_tokens: int, max_rows: int, max_table: int):
+        device = cache.slab.device
+        self.model, self.cache, self.max_rows, self.max_tokens = model, cache, max_rows, max_tokens
+        self.workspace = space = Workspace(cache, max_rows, num_query_heads(model))
+        windows = [layer.window for layer in model.layers]
+        self.inputs = Inputs(device, max_tokens, max_rows, max_table, windows, space.tile, space.queries)
+        self.picker = Picker(max_rows, model.info.vocab_size, device)
+        self.graphs: dict[tuple[int, int, int], _Graph] = {}  # by numbers of tokens, rows and chunks
+        self.num_bytes = self.inputs.num_bytes + self.workspace.num_bytes
+        # of replayed graphs: if each kept its own, they would take a GiB
+        dtype = cache.elements.dtype
+        num_logits = max_rows * model.info.vocab_size if device.type == "cuda" else 0
+        self.logits = torch.empty(num_logits, dtype=dtype, device=device).view(-1, model.info.vocab_size)
+        self.num_bytes += num_logits * dtype.itemsize
+        self._previous: dict[int, int] = {}  # id(sequence) -> its row in the step launched last
+
+    def launch(self, plan: Plan, on_layer: Callable[[int], None] = lambda layer: None) -> Flight:
+        """`on_layer(i)` is called when layer i has been launched; by a replayed graph only for the last one."""
+        rows = [row for row in plan.rows if row.num_tokens == 1] + [row for row in plan.rows if row.num_tokens > 1]
+        num_tokens = sum(row.num_tokens for row in rows)
+        num_chunks = sum(row.num_tokens > 1 for row in rows)
+        shape = (num_tokens, len(rows), num_chunks)
+        graph = self._graph(*shape)
+        shape = shape if graph is None else graph.shape
+        chunks = self.inputs.fill(rows, *shape, self._previous, self.cache.layout.block_size)
+        if graph is not None:
+            graph.replay()
+            on_layer(self.model.info.num_layers - 1)
+            logits, batch = graph.logits, graph.batch
+        else:
+            batch = self._batch(self.inputs.views(*shape), len(rows) - num_chunks, chunks, rows, on_layer)
+            logits = self._compute(batch)
+        drawn = None
+        draws = Draws(rows, self.model.info.vocab_size, self.model.info.eos_token_ids, self.cache.slab.device)
+        if draws.draws:
+            drawn = draws.launch(logits, batch.input_ids[0][batch.last], self.picker)
+        self._previous = {id(row.sequence): i for i, row in enumerate(rows)}
+        return Flight(rows, _to_host(self.picker.tokens[: len(rows)]), drawn)
+
+    def capture(self) -> None:
+        """A graph for each bucket, the largest first: the others then fit into its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for shape in self.bucket_shapes():
+            self.graphs[shape] = _Graph(self, shape, pool)
+
+    def bucket_shapes(self) -> list[tuple[int, int, int]]:
+        """Of decode steps, and of steps with small chunks, whose kernels end before the host could launch the next."""
+        most = self.max_rows
+        decodes = [(size, size, 0) for size in [*[size for size in DECODE_BUCKETS if size < most], most]]
+        mixed = [(size, min(most, size), min(MAX_CHUNKS, most)) for size in MIXED_BUCKETS if size <= self.max_tokens]
+        return [*reversed(mixed), *reversed(decodes)]
+
+    def _graph(self, num_tokens: int, num_rows: int, num_chunks: int) -> "_Graph | None":
+        fitting = [
+            shape
+            for shape in self.graphs
+            if shape[0] >= num_tokens
+            and shape[1] >= num_rows
+            and (num_chunks <= shape[2] if num_chunks else not shape[2])
+        ]
+        return self.graphs[min(fitting)] if fitting else None
+
+    def _batch(
+        self,
+        tensors: StepTensors,
+        num_singles: int,
+        chunks: Sequence[Chunk],
+        rows: Sequence[Row] = (),
+        on_layer: Callable[[int], None] = lambda layer: None,
+    ) -> PagedBatch:
+        ids, positions, last = ops.prepare(
+            tensors.ids, tensors.sources, tensors.positions, tensors.last, self.picker.tokens
+        )
+        return PagedBatch(
+            tensors,
+            ids[None],
+            positions[None],
+            last,
+            num_singles,
+            chunks,
+            self.cache,
+            self.workspace,
+            rows,
+            on_layer,
+        )
+
+    def _compute(self, batch: PagedBatch, out: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.model.raw_logits(batch, out)
+        tensors = batch.tensors
+        self.picker.pick(logits, tensors.keys, tensors.temperatures, self.picker.tokens[: logits.shape[0]])
+        return logits
+
+
+class _Graph:
+    """A captured step for up to so many tokens, rows and chunks. Its tensors stay where they are."""
+
+    def __init__(self, steps: Steps, shape: tuple[int, int, int], pool):
+        self.shape = shape
+        tensors = steps.inputs.views(*shape)
+
+        def run() -> tuple[PagedBatch, torch.Tensor]:
+            batch = steps._batch(tensors, shape[1], ())
+            return batch, steps._compute(batch, steps.logits[: shape[1]])
+
+        steps.inputs.fill([], *shape, {}, steps.cache.layout.block_size)
+        run()  # compiles kernels, fills caches
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.batch, self.logits = run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+# Batch sizes close together where padding costs most; tokens of a step with chunks in steps of a matmul's tile.
+DECODE_BUCKETS = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 1025, 64)]
+MIXED_BUCKETS = [*range(64, 641, 64), 768, 896, 1024]
+MAX_CHUNKS = 16  # rows of several tokens in one of those
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
