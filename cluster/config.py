@@ -71,6 +71,8 @@ class PoolConfig(Placement):
     gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
     max_num_batched_tokens: int = Field(default=2048, ge=1, description="tokens computed in one step")
     max_num_seqs: int = Field(default=64, ge=1, description="sequences in the running batch")
+    fuse: bool = Field(default=True, description="CUDA: rebuild known decoder layers from fused kernels")
+    cuda_graphs: bool = Field(default=True, description="CUDA: replay whole decode steps")
     env: dict[str, str] = Field(default={}, description="environment variables of the worker processes")
 
     @field_validator("num_gpus")

@@ -63,6 +63,8 @@ def worker_spec(
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "max_num_seqs": settings.max_num_seqs,
+        "fuse": settings.fuse,
+        "cuda_graphs": settings.cuda_graphs,
         "enable_prefix_caching": config.enable_prefix_caching,
         "num_threads": num_threads,
         "served_model_name": config.model.name,
