@@ -101,7 +101,8 @@ def test_what_the_layers_are_told() -> None:
     engine = EngineConfig(model="/m", **spec.engine)
     assert (engine.max_num_seqs, engine.max_model_len, engine.enable_prefix_caching) == (7, 64, False)
     assert (engine.num_threads, engine.device) == (3, "cpu")
-    assert set(spec.engine) | {"model"} == set(EngineConfig.__dataclass_fields__)
+    for_tests = {"paged"}  # the CUDA path's parts on a CPU, where they only cost time
+    assert set(spec.engine) | {"model"} | for_tests == set(EngineConfig.__dataclass_fields__)
     router = config.router.to_config("name")
     assert router == RouterConfig(served_model_name="name", port=8700)
 
