@@ -86,7 +86,7 @@ class Deployment:
             raise LaunchError(f"no deployment {name!r} in this Ray cluster; `pdserve up` makes one") from None
 
     def status(self, after: int = -1, timeout_s: float = 0.0) -> dict[str, Any]:
-        return self._ask(self._controller.status.remote(after, timeout_s), _CALL_S + timeout_s)
+        return self._ask(lambda: self._controller.status.remote(after, timeout_s), _CALL_S + timeout_s)
 
     def changes(self) -> Iterator[dict[str, Any]]:
         """The status now, then at each change, at least every second."""
@@ -96,17 +96,17 @@ class Deployment:
             status = self.status(status["version"], _POLL_S)
 
     def scale(self, targets: dict[str, int]) -> None:
-        self._ask(self._controller.scale.remote(targets), _CALL_S)
+        self._ask(lambda: self._controller.scale.remote(targets), _CALL_S)
 
     def drain(self, worker_id: str) -> None:
         """Returns when the worker is gone."""
-        self._ask(self._controller.drain.remote(worker_id), None)
+        self._ask(lambda: self._controller.drain.remote(worker_id), None)
 
     def canary(self, source: str, target: str, num_blocks: int) -> dict[str, Any]:
-        return self._ask(self._controller.canary.remote(source, target, num_blocks), 60.0)
+        return self._ask(lambda: self._controller.canary.remote(source, target, num_blocks), 60.0)
 
     def versions(self) -> dict[str, dict[str, str]]:
-        return self._ask(self._controller.versions.remote(), _CALL_S)
+        return self._ask(lambda: self._controller.versions.remote(), _CALL_S)
 
     def down(self) -> None:
         """Ends every process of this deployment; the Ray cluster stays. Those on this machine are gone on return."""
@@ -117,7 +117,7 @@ class Deployment:
             status = self.status()
             pids = [part["pid"] for part in [*parts(status), status["controller"]] if part["host"] == here]
         try:
-            self._ask(self._controller.down.remote(), _DOWN_S)
+            self._ask(lambda: self._controller.down.remote(), _DOWN_S)
         finally:
             answered(self._kill_all)
             _wait_until_gone(pids)
@@ -129,9 +129,9 @@ class Deployment:
                     ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
         ray.kill(self._controller)
 
-    def _ask(self, reference: Any, timeout_s: float | None) -> Any:
+    def _ask(self, call: Callable[[], Any], timeout_s: float | None) -> Any:
         try:
-            return ray.get(reference, timeout=timeout_s)
+            return answered(lambda: ray.get(call(), timeout=timeout_s), None)
         except GetTimeoutError:
             raise LaunchError(f"the controller of {self.name!r} did not answer within {timeout_s:g} s") from None
         except RayError as error:
@@ -156,7 +156,8 @@ def up(config: DeploymentConfig, say: Say, wait: bool = True, builders: Builders
     except Unreachable:
         raise
     except BaseException:
-        deployment.down()
+        with contextlib.suppress(LaunchError):  # what went wrong first is what the operator should hear
+            deployment.down()
         raise
     return deployment
 
@@ -269,8 +270,8 @@ def _wait_until_gone(pids: list[int]) -> None:
     psutil.wait_procs(processes, timeout=_GONE_S)
 
 
-def answered(call: Callable[[], T], within_s: float = _ANSWER_S) -> T:
-    """What a call to Ray returns or raises; Unreachable if it takes too long.
+def answered(call: Callable[[], T], within_s: float | None = _ANSWER_S) -> T:
+    """What a call to Ray returns or raises; Unreachable if it takes too long. None: the call has a limit of its own.
 
     Ray's own calls wait for a dead head for a minute and more, in C++ and deaf to Ctrl-C, so they do it in a thread.
     """

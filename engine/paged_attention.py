@@ -127,7 +127,7 @@ def attend_singles(
         GROUP=group,
         GROUP_BLOCK=max(16, ops._power(group)),
         KEY_DIM=span.key_dim,
-        KEY_BLOCK=ops._power(span.key_dim),
+        KEY_BLOCK=max(16, ops._power(span.key_dim)),  # what a dot sums over is 16 wide at least
         VALUE_DIM=span.value_dim,
         VALUE_BLOCK=ops._power(span.value_dim),
         BLOCK_SIZE=cache.layout.block_size,
@@ -186,7 +186,7 @@ def attend_chunks(
         span.num_kv_heads,
         GROUP=num_heads // span.num_kv_heads,
         KEY_DIM=span.key_dim,
-        KEY_BLOCK=ops._power(span.key_dim),
+        KEY_BLOCK=max(16, ops._power(span.key_dim)),  # what a dot sums over is 16 wide at least
         VALUE_DIM=span.value_dim,
         VALUE_BLOCK=ops._power(span.value_dim),
         BLOCK_SIZE=cache.layout.block_size,

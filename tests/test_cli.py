@@ -143,7 +143,7 @@ def test_ctrl_c_ends_up_when_the_head_hangs(pdserve: Shell, tiny: Path) -> None:
         gcs.suspend()
         time.sleep(1.0)
         up.send_signal(signal.SIGINT)
-        assert up.wait(15) == 130
+        assert up.wait(40) == 130  # at once, or after the cluster was asked in vain to clean up
     finally:
         up.kill()
         up.wait()

@@ -1,0 +1,47 @@
+"""The whole service with its engines on a GPU: the same tokens as on the CPU, in fp32, over each transport."""
+
+import asyncio
+
+import pytest
+import torch
+
+from tests.service import request, service
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SIZES = {"load_format": "dummy", "num_blocks": 128, "block_size": 16, "max_num_batched_tokens": 64, "dtype": "float32"}
+
+
+def asked() -> list:
+    greedy = [request(list(range(20 * i, 20 * i + 30 + 11 * i)), 24, ignore_eos=True) for i in range(8)]
+    sampled = [
+        request(list(range(7 * i, 7 * i + 50)), 12, seed=i, temperature=0.9, num_sequences=1 + i % 3, ignore_eos=True)
+        for i in range(4)
+    ]
+    return greedy + sampled
+
+
+@pytest.mark.parametrize("transport", ["local", "grpc"])
+async def test_tokens_are_those_of_the_cpu(tiny, transport):
+    async def answers(device: str, **setup) -> tuple[list, int]:
+        async with service(tiny, engine={**SIZES, "device": device}, transport=transport, **setup) as s:
+            found = await asyncio.gather(*(s.generate(one) for one in asked()))
+            canary = await s.workers[0].canary(s.workers[-1].me.worker_id, 4)
+            assert canary["ok"], canary["error"]
+            return [answer.token_ids for answer in found], sum(a.timings.kv_transfer_bytes for a in found)
+
+    expected, _ = await answers("cpu")
+    found, num_bytes = await answers("cuda")
+    assert found == expected
+    assert num_bytes > 0
+
+
+async def test_a_cancelled_request_leaves_nothing_on_the_gpu(tiny):
+    async with service(tiny, engine={**SIZES, "device": "cuda"}) as s:
+        call = s.stub.GenerateStream(request(list(range(400)), 1000, ignore_eos=True))
+        await call.read()
+        call.cancel()
+        await s.settle(5.0)
