@@ -4,9 +4,7 @@ Handshake once per peer, then per run: Reserve -> (chunks, by the transport) -> 
 """
 
 import asyncio
-import hashlib
 import uuid
-from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
@@ -15,12 +13,12 @@ import grpc
 from decode_worker.decoder import Decoder
 from decode_worker.runs import Run, RunState
 from engine.request import FirstToken, Request, SamplingParams
-from kv_transfer.base import Manifest, TransferCorrupt, TransferError
+from engine.wire import token_hash
+from kv_transfer.base import PROTOCOL_VERSION, Manifest, TransferCorrupt, TransferError
 from protos import inference_pb2
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
 
-PROTOCOL_VERSION = 1
 LEASE_S = 10.0
 # A Reserve may overtake its Expect, which comes from another machine.
 EXPECT_LAG_S = 1.0
@@ -183,8 +181,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
 
     def _check_claims(self, run: Run, request: kv.CommitRequest) -> None:
         token_ids = run.request.token_ids
-        ours = hashlib.sha256(array("I", token_ids).tobytes()).digest()
-        if request.num_tokens != len(token_ids) or request.token_hash != ours:
+        if request.num_tokens != len(token_ids) or request.token_hash != token_hash(token_ids):
             raise Refusal(grpc.StatusCode.DATA_LOSS, f"the KV is of other tokens than run {run.run_id} has")
         if len(request.first_tokens) != run.request.sampling.num_sequences:
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "one first token per sequence is needed")

@@ -1,5 +1,9 @@
 """Engine vocabulary to and from protos: the one place where field names meet."""
 
+import hashlib
+from array import array
+from collections.abc import Sequence
+
 from engine.request import Finish, FinishReason, Request, SamplingParams, Token, TokenLogprob
 from protos import inference_pb2, worker_pb2
 
@@ -42,6 +46,11 @@ def request_from_pb(message: worker_pb2.EngineRequest) -> Request:
         namespace=message.cache_namespace,
         use_prefix_cache=not message.bypass_prefix_cache,
     )
+
+
+def token_hash(token_ids: Sequence[int]) -> bytes:
+    """SHA-256 over the tokens as uint32 little-endian: what a commit says its KV is of."""
+    return hashlib.sha256(array("I", token_ids).tobytes()).digest()
 
 
 def finish_to_pb(index: int, finish: Finish, seed: int) -> inference_pb2.FinishInfo:

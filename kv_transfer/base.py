@@ -23,6 +23,8 @@ import numpy as np
 
 from kv_transfer.memory import BlockMemory as BlockMemory
 
+PROTOCOL_VERSION = 1  # of the hand-off: workers that differ refuse each other at the handshake
+
 
 class TransferError(Exception):
     """A transfer ended without its pages becoming visible."""

@@ -9,15 +9,14 @@ The engine thread calls `wanted` and `ready` (the KVSink hooks); everything else
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-from array import array
 from collections.abc import Sequence
 
 import grpc
 
 from engine.engine import Engine
 from engine.request import Request
+from engine.wire import token_hash
 from kv_transfer.base import Manifest, Outgoing, Sender, TransferCorrupt, TransferError
 from prefill_worker.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
 from protos import inference_pb2
@@ -37,11 +36,6 @@ class HandoffFailed(Exception):
         self.reason = reason
         self.message = message
         self.retryable = retryable
-
-
-def token_hash(token_ids: Sequence[int]) -> bytes:
-    """SHA-256 over the tokens as uint32 little-endian: what the manifest says the KV is of."""
-    return hashlib.sha256(array("I", token_ids).tobytes()).digest()
 
 
 class Handoff:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 
 import grpc
 
+from kv_transfer.base import PROTOCOL_VERSION
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
 from protos import worker_pb2
 from protos.grpc_options import CHANNEL_OPTIONS
 
-PROTOCOL_VERSION = 1
 HANDSHAKE_TIMEOUT_S = 5.0
 # Membership reaches the router and the workers at about the same time, not at the same instant.
 MEMBERSHIP_LAG_S = 2.0
