@@ -136,7 +136,13 @@ def test_ctrl_c_ends_up_when_the_head_hangs(pdserve: Shell, tiny: Path) -> None:
     (gcs,) = [p for p in psutil.Process(head.pid).children(recursive=True) if "gcs_server" in p.name()]
     command = [sys.executable, "-m", "cluster.cli", "up", "--model", str(tiny), "--load-format", "dummy"]
     up = subprocess.Popen(
-        command, env=environment | {"RAY_ADDRESS": address}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment | {"RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell's background job starts with SIGINT ignored, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert up.stdout is not None and "joined the Ray cluster" in up.stdout.readline()
