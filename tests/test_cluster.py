@@ -138,7 +138,8 @@ def test_a_killed_router_comes_back_at_its_address(two_nodes: Cluster) -> None:
         os.kill(before["pid"], signal.SIGKILL)
         status = until(deployment, lambda s: s["router"]["restarts"] == 1 and launch.is_settled(s))
         assert status["router"]["address"] == before["address"]
-        assert set(status["router"]["report"]["history"][-1]) == {"prefill-0", "decode-0"}
+        everybody = {"prefill-0", "decode-0"}  # it is told right after it is ready
+        until(deployment, lambda s: [set(told) for told in s["router"]["report"]["history"]][-1:] == [everybody])
 
 
 def test_an_engine_without_a_heartbeat_is_replaced(two_nodes: Cluster) -> None:
