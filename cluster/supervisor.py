@@ -55,7 +55,6 @@ class Supervisor:
         self.name = name
         self.state = "placing"
         self.detail = ""
-        self.since = time.monotonic()
         self.restarts = 0
         self.handle: Any = None
         self.where: dict[str, Any] = {}  # pid, node_id, host
@@ -215,7 +214,7 @@ class Supervisor:
             ray.kill(self.handle)
 
     def _set(self, state: str, detail: str = "") -> None:
-        self.state, self.detail, self.since = state, detail, time.monotonic()
+        self.state, self.detail = state, detail
         self._touched()
 
 

@@ -107,8 +107,7 @@ class Decoder:
         if run.transfer_id:
             # The receiver's lock: after this no byte of the transfer is written.
             self.receiver.release(run.transfer_id)
-        self.engine.abort(run.request.id)
-        self.engine.release(run.owner)
+        self.engine.abort(run.request.id)  # its reservation, held or queued, included
         self.runs.remove(run)
 
     def fail(self, run: Run, reason: inference_pb2.ErrorReason | str, message: str, retryable: bool) -> None:

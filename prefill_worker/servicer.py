@@ -124,7 +124,6 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         finally:
             # Only now may the pages be handed to others: the transport no longer reads them.
             self._engine.abort(request.id)
-            self._engine.release(request.id)
             self.num_handoffs -= handoff is not None
             self.num_runs -= 1
             if self.num_runs == 0:
