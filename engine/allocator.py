@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 from engine.block_pool import BlockPool
 from engine.prefix import block_hashes
 from engine.request import Request
-from engine.sequence import Sequence
+from engine.sequence import Plan, Sequence
 
 
 class Allocator:
@@ -17,6 +17,7 @@ class Allocator:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.memory_ops: list[tuple[int | None, int]] = []
+        self.late: list[tuple[Plan, list[int], bool]] = []  # blocks to release after that plan, and whether to wipe
 
     def take(
         self, request: Request, token_ids: Seq[int], hashes: list[bytes], num_tokens: int, spare: int
@@ -60,9 +61,23 @@ class Allocator:
             self.memory_ops.append((sequence.block_ids[full], own[0]))
         return True
 
-    def wipe(self, block_ids: list[int]) -> None:
-        """For freed blocks that may hold NaN: attention masks a stale slot by adding -inf, and NaN survives that."""
-        self.memory_ops += [(None, block_id) for block_id in block_ids]
+    def release(self, block_ids: list[int], wipe: bool = False, after: Plan | None = None) -> None:
+        """Gives one reference to each block back, at once or once the plan `after` is taken in: its rows may still
+        write there. `wipe`: they may hold NaN, and attention masks a stale slot by adding -inf, which NaN survives.
+        """
+        if after is not None:
+            self.late.append((after, block_ids, wipe))
+            return
+        freed = self.pool.release(block_ids)
+        if wipe:
+            self.memory_ops += [(None, block_id) for block_id in freed]
+
+    def land(self, plan: Plan) -> None:
+        """That plan is taken in: what waited for it is released."""
+        due = [entry for entry in self.late if entry[0] is plan]
+        self.late = [entry for entry in self.late if entry[0] is not plan]
+        for _, block_ids, wipe in due:
+            self.release(block_ids, wipe)
 
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -14,7 +14,7 @@ def check(scheduler: Scheduler) -> None:
         owned.update(run.pinned or ())
         for sequence in run.live:
             owned.update(sequence.block_ids)
-            waiting, running = sequence in scheduler._queue, sequence in scheduler._running
+            waiting, running = sequence in scheduler.admission.queue, sequence in scheduler._running
             assert waiting == (sequence.status is Status.WAITING), f"{run.request.id}: queue and status differ"
             assert running == (sequence.status is Status.RUNNING), f"{run.request.id}: batch and status differ"
             assert running or not sequence.block_ids, f"{run.request.id}: holds blocks while it waits"
@@ -24,16 +24,18 @@ def check(scheduler: Scheduler) -> None:
             flying = [row for plan in scheduler._flying for row in plan.rows if row.sequence is sequence]
             assert sequence.num_launched == sum(row.num_tokens for row in flying), f"{run.request.id}: in flight"
             assert sequence.num_unknown == sum(row.samples for row in flying), f"{run.request.id}: unknown tokens"
-    for plan, block_ids, _ in scheduler._late:
+    for plan, block_ids, _ in scheduler.blocks.late:
         assert plan in scheduler._flying, "blocks wait for a plan that is not in flight"
         owned.update(block_ids)
-    for held in scheduler._held.values():
+    for held in scheduler.admission.held.values():
         owned.update(held.block_ids)
         owned.update(held.growth)
     live = sum(len(run.live) for run in scheduler._runs.values())
-    assert live == len(scheduler._running) + sum(isinstance(e, Sequence) for e in scheduler._queue), (
+    assert live == len(scheduler._running) + sum(isinstance(e, Sequence) for e in scheduler.admission.queue), (
         "a sequence has no run"
     )
-    assert scheduler._queue == sorted(scheduler._queue, key=lambda e: e.order), "the queue is out of order"
+    assert scheduler.admission.queue == sorted(scheduler.admission.queue, key=lambda e: e.order), (
+        "the queue is out of order"
+    )
     assert sum(r.forks for r in scheduler._running) <= scheduler.max_num_seqs, "more sequences than seats"
     scheduler.pool.check(owned)

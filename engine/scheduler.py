@@ -1,10 +1,9 @@
 """Who computes what in the next step, and who holds which blocks. Plain Python: no torch, no clock.
 
-One queue, in order: preempted sequences, then prompts and reservations by priority, first come first served. Its head
-waits for blocks and seats and nothing overtakes it, except that a sink prompt whose receiver has no pages yet holds
-nothing and stands aside. A prompt takes all its blocks on admission; only a decoding sequence grows, and when no block
-is left the lowest-priority, youngest sequence gives up its own and is recomputed later (its full blocks stay cached).
-Reservations, pinned prompts and admitted sink prompts are never preempted: they end by adopt, release or abort.
+engine/admission.py says who gets in, with all the blocks of its prompt. From there on only a decoding sequence grows,
+and when no block is left the lowest-priority, youngest sequence gives up its own and is recomputed later (its full
+blocks stay cached). Reservations, pinned prompts and admitted sink prompts are never preempted: they end by adopt,
+release or abort.
 
 Plans may be launched ahead: schedule() again before update() of the plan before. A sequence whose next token only the
 device knows is then planned on, unless it ends for its length there; an EOS is known one step late, and the row
@@ -12,22 +11,17 @@ launched beyond it is dropped. Nobody is preempted while a plan is in flight, an
 the last plan of that moment is taken in, for its row may still write there.
 """
 
-from bisect import insort
-from collections import Counter
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import count
 
+from engine.admission import Admission
 from engine.allocator import Allocator
-from engine.limits import num_growth_blocks
 from engine.request import (
     Event,
     Failed,
     FirstToken,
     Preempted,
     Request,
-    Reservation,
-    Started,
     Token,
     find_finish,
     is_last,
@@ -35,7 +29,6 @@ from engine.request import (
 from engine.sequence import (
     EngineStats,
     Gate,
-    HeldReservation,
     Plan,
     QueuedReservation,
     Row,
@@ -68,14 +61,11 @@ class Scheduler:
         self.eos_token_ids = eos_token_ids
         self.ended: list[str] = []  # requests that are over, for the engine to collect
         self._runs: dict[str, Run] = {}
-        self._queue: list[Sequence | QueuedReservation] = []
         self._running: list[Sequence] = []
-        self._held: dict[str, HeldReservation] = {}
+        self.admission = Admission(self.blocks, self._running, self.max_num_seqs, max_num_batched_tokens)
         self._flying: list[Plan] = []
-        self._late: list[tuple[Plan, list[int], bool]] = []  # blocks to release after that plan, and whether to wipe
         self._arrivals = count()
-        self._generations = count(1)
-        self._steps = self._computed = self._cached = self._generated = self._preemptions = 0
+        self._steps = self._computed = self._generated = self._preemptions = 0
 
     # ---------------------------------------------------------------- commands, between steps
 
@@ -85,7 +75,7 @@ class Scheduler:
         n = request.sampling.num_sequences
         sequence = Sequence(request, 0, list(request.token_ids), next(self._arrivals), n, receiver, gate)
         self._runs[request.id] = Run(request, [sequence])
-        self._enqueue(sequence)
+        self.admission.enqueue(sequence)
 
     def grant(self, request_id: str, first_block: int) -> None:
         """The receiver has pages for a sink prompt and already holds the blocks before `first_block`."""
@@ -95,27 +85,23 @@ class Scheduler:
 
     def reserve(self, owner: str, request: Request, num_tokens: int) -> None:
         """Queue for pages; a later plan's `granted` has the answer."""
-        if self.is_reserving(owner):
+        if self.admission.is_reserving(owner):
             raise ValueError(f"owner: {owner!r} has a reservation already")
-        self._enqueue(QueuedReservation(owner, request, num_tokens, next(self._arrivals)))
-
-    def is_reserving(self, owner: str) -> bool:
-        """Whether `owner` holds a reservation or waits for one."""
-        return owner in self._held or any(isinstance(e, QueuedReservation) and e.owner == owner for e in self._queue)
+        self.admission.enqueue(QueuedReservation(owner, request, num_tokens, next(self._arrivals)))
 
     def adopt(self, owner: str, request: Request, first_tokens: Seq[FirstToken]) -> None:
         """The reserved blocks hold the prompt's KV now: they become cache entries and running sequences.
 
         KeyError: no such reservation. ValueError: it was made for another request.
         """
-        held = self._held.get(owner)
+        held = self.admission.held.get(owner)
         if held is None:
             raise KeyError(f"no reservation of {owner!r}")
         if request.token_ids != held.request.token_ids or len(first_tokens) != request.sampling.num_sequences:
             raise ValueError(f"request {request.id!r} is not the one that {owner!r} reserved for")
         if request.id in self._runs:
             raise ValueError(f"id: {request.id!r} is in this engine already")
-        del self._held[owner]
+        del self.admission.held[owner]
         sequence = Sequence(request, 0, list(request.token_ids), next(self._arrivals), forks=len(first_tokens))
         self._runs[request.id] = Run(request, [sequence])
         sequence.block_ids, sequence.hashes = held.block_ids, held.hashes
@@ -129,14 +115,14 @@ class Scheduler:
 
     def release(self, owner: str) -> None:
         """Frees a reservation, held or queued, or the pinned blocks of a sink prompt. Idempotent."""
-        self._drop_reservations(lambda name, request: name == owner)
+        self.admission.drop_reservations(lambda name, request: name == owner)
         run = self._runs.get(owner)
         if run is not None and run.pinned is not None:
             self._end(run)
 
     def abort(self, request_id: str) -> list[str]:
         """Ends a request in whatever phase it is. Idempotent. Returns the owners of the reservations this dropped."""
-        dropped = self._drop_reservations(lambda name, request: request.id == request_id)
+        dropped = self.admission.drop_reservations(lambda name, request: request.id == request_id)
         run = self._runs.get(request_id)
         if run is not None:
             self._end(run)
@@ -155,9 +141,10 @@ class Scheduler:
         for sequence in sorted(self._running, key=lambda s: s.rank):
             if sequence.num_pending > 1 and budget > 0:
                 budget -= self._add_row(plan, sequence, min(budget, sequence.num_pending))
-        self._ask(plan)
+        self.admission.ask(plan)
         if self._preemptions == preemptions:  # else the blocks just freed would be given away at once
-            self._admit(plan, budget)
+            for sequence, num_tokens in self.admission.admit(plan, budget):
+                self._add_row(plan, sequence, num_tokens)
         if plan.rows:
             self._steps += 1
             self._flying.append(plan)
@@ -181,7 +168,7 @@ class Scheduler:
             self.blocks.commit(sequence)
             if result.tokens:
                 self._take_tokens(sequence, result, events)
-        self._release_late(plan)
+        self.blocks.land(plan)
         return events
 
     def fail(self, plan: Plan, reason: str, message: str) -> list[Event]:
@@ -189,103 +176,23 @@ class Scheduler:
         return self.update(plan, [RowResult(error=(reason, message)) for _ in plan.rows])
 
     def stats(self) -> EngineStats:
-        num_reservations = len(self._held) + sum(isinstance(e, QueuedReservation) for e in self._queue)
+        admission = self.admission
         return EngineStats(
-            num_requests=len(self._runs) + num_reservations,
-            num_reservations=num_reservations,
+            num_requests=len(self._runs) + admission.num_reservations,
+            num_reservations=admission.num_reservations,
             num_running=len(self._running),
-            num_waiting=len(self._queue),
-            num_waiting_tokens=sum(entry.num_tokens for entry in self._queue),
+            num_waiting=len(admission.queue),
+            num_waiting_tokens=sum(entry.num_tokens for entry in admission.queue),
             total_blocks=self.pool.num_blocks,
             free_blocks=self.pool.num_free,
-            reserved_blocks=sum(len(held.block_ids) + len(held.growth) for held in self._held.values()),
+            reserved_blocks=sum(len(held.block_ids) + len(held.growth) for held in admission.held.values()),
             pinned_blocks=sum(len(run.pinned) for run in self._runs.values() if run.pinned is not None),
             steps=self._steps,
             prompt_tokens_computed=self._computed,
-            prompt_tokens_cached=self._cached,
+            prompt_tokens_cached=admission.num_cached_tokens,
             tokens_generated=self._generated,
             preemptions=self._preemptions,
         )
-
-    # ---------------------------------------------------------------- admission
-
-    def _ask(self, plan: Plan) -> None:
-        """Lets the next sink prompts get pages: at most one step's worth, always at least one.
-
-        What waits at a receiver counts for that receiver alone, so that a full one holds up nobody else's prompts. The
-        first that is too much for its receiver now holds the place for those behind it.
-        """
-        prompts = [e for e in self._queue if isinstance(e, Sequence) and e.is_sink]
-        granted = sum(len(s.token_ids) for s in prompts if s.gate is Gate.OPEN)
-        asked: Counter[str | None] = Counter()
-        for sequence in prompts:
-            if sequence.gate is Gate.ASKED:
-                asked[sequence.receiver] += len(sequence.token_ids)
-        full: set[str | None] = set()
-        for sequence in prompts:
-            if sequence.gate is Gate.CLOSED and sequence.receiver not in full:
-                before = granted + asked[sequence.receiver]
-                if before and before + len(sequence.token_ids) > self.max_num_batched_tokens:
-                    full.add(sequence.receiver)
-                    continue
-                asked[sequence.receiver] += len(sequence.token_ids)
-                sequence.gate = Gate.ASKED
-                plan.wanted.append(sequence.request.id)
-
-    def _admit(self, plan: Plan, budget: int) -> None:
-        admitted = []
-        for entry in self._queue:
-            if isinstance(entry, QueuedReservation):
-                reservation = self._hold(entry)
-                if reservation is None:
-                    break
-                plan.granted.append(reservation)
-            elif entry.gate is not Gate.OPEN:
-                continue
-            elif budget > 0 and self._start(entry, plan):
-                budget -= self._add_row(plan, entry, min(budget, entry.num_pending))
-            else:
-                break
-            admitted.append(entry)
-        for entry in admitted:
-            self._queue.remove(entry)
-
-    def _start(self, sequence: Sequence, plan: Plan) -> bool:
-        """Gives a queued sequence its seat and all the blocks its tokens need, cached ones first."""
-        request, token_ids = sequence.request, sequence.token_ids
-        blocks = None
-        if self._has_seats(sequence.forks):
-            blocks = self.blocks.take(request, token_ids, sequence.hashes, len(token_ids), self._headroom)
-        if blocks is None:
-            return False
-        num_hits, sequence.block_ids, sequence.hashes = blocks
-        sequence.num_computed, sequence.num_committed = num_hits * self.block_size, num_hits
-        sequence.status, sequence.was_preempted = Status.RUNNING, False
-        self._running.append(sequence)
-        if not sequence.was_started:
-            sequence.was_started = True
-            self._cached += sequence.num_computed
-            plan.events.append(Started(request.id, sequence.num_computed))
-        if sequence.is_sink and sequence.num_reported < num_hits:
-            first = sequence.num_reported
-            plan.cached.append((request.id, first, sequence.block_ids[first:num_hits]))
-            sequence.num_reported = num_hits
-        return True
-
-    def _hold(self, entry: QueuedReservation) -> Reservation | None:
-        """Grants a reservation: the prompt's blocks, its prefix hits pinned at the front, and room to grow."""
-        request, n = entry.request, entry.request.sampling.num_sequences
-        growth = num_growth_blocks(n, entry.num_tokens, self.block_size)
-        if not self._has_seats(n):
-            return None
-        blocks = self.blocks.take(request, request.token_ids, [], entry.num_tokens, growth + self._headroom)
-        if blocks is None:
-            return None
-        num_hits, block_ids, hashes = blocks
-        extra = self.pool.allocate(growth)
-        assert extra is not None, "the room to grow was counted"
-        self._held[entry.owner] = HeldReservation(request, block_ids, num_hits, extra, hashes)
-        return Reservation(entry.owner, tuple(block_ids), num_hits * self.block_size, next(self._generations))
 
     # ---------------------------------------------------------------- running sequences
 
@@ -332,7 +239,7 @@ class Scheduler:
         sequence.block_ids, sequence.num_computed, sequence.num_committed = [], 0, 0
         sequence.status, sequence.was_preempted = Status.WAITING, True
         self._preemptions += 1
-        self._enqueue(sequence)
+        self.admission.enqueue(sequence)
 
     def _take_tokens(self, sequence: Sequence, result: RowResult, events: list[Event]) -> None:
         request = sequence.request
@@ -372,7 +279,7 @@ class Scheduler:
             else:
                 fork.was_preempted = True
                 self._preemptions += 1
-                self._enqueue(fork)
+                self.admission.enqueue(fork)
                 lost.append(fork)
         token_id, finished = tokens[0]
         sequence.token_ids.append(token_id)
@@ -387,10 +294,10 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self._running.remove(sequence)
         elif sequence.status is Status.WAITING:
-            self._queue.remove(sequence)
+            self.admission.queue.remove(sequence)
         sequence.status = Status.ENDED
         run.live.remove(sequence)
-        self._release(sequence.block_ids, wipe)
+        self.blocks.release(sequence.block_ids, wipe, after=self._last_flight)
         sequence.block_ids = []
         if not run.live:
             self._forget(run)
@@ -400,24 +307,12 @@ class Scheduler:
         for sequence in list(run.live):
             self._end_sequence(run, sequence, wipe)
         if run.pinned is not None:
-            self._release(run.pinned, False)
+            self.blocks.release(run.pinned, after=self._last_flight)
             self._forget(run)
 
-    def _release(self, block_ids: list[int], wipe: bool) -> None:
-        if self._flying:
-            self._late.append((self._flying[-1], block_ids, wipe))
-            return
-        freed = self.pool.release(block_ids)
-        if wipe:
-            self.blocks.wipe(freed)
-
-    def _release_late(self, plan: Plan) -> None:
-        due = [entry for entry in self._late if entry[0] is plan]
-        self._late = [entry for entry in self._late if entry[0] is not plan]
-        for _, block_ids, wipe in due:
-            freed = self.pool.release(block_ids)
-            if wipe:
-                self.blocks.wipe(freed)
+    @property
+    def _last_flight(self) -> Plan | None:
+        return self._flying[-1] if self._flying else None
 
     def _forget(self, run: Run) -> None:
         del self._runs[run.request.id]
@@ -427,28 +322,3 @@ class Scheduler:
         request = sequence.request
         self._end(self._runs[request.id], wipe=True)
         return Failed(request.id, reason, message)
-
-    def _drop_reservations(self, chosen: Callable[[str, Request], bool]) -> list[str]:
-        dropped = [o for o, held in self._held.items() if chosen(o, held.request)]
-        for owner in dropped:
-            held = self._held.pop(owner)
-            self.blocks.wipe(self.pool.release(held.block_ids) + self.pool.release(held.growth))
-        queued = [e for e in self._queue if isinstance(e, QueuedReservation) and chosen(e.owner, e.request)]
-        for entry in queued:
-            self._queue.remove(entry)
-        return dropped + [entry.owner for entry in queued]
-
-    # ---------------------------------------------------------------- queue and seats
-
-    def _enqueue(self, entry: Sequence | QueuedReservation) -> None:
-        insort(self._queue, entry, key=lambda e: e.order)
-
-    @property
-    def _headroom(self) -> int:
-        """A block for each sequence that grows: what admission must leave, or it would preempt at once."""
-        return sum(not s.is_sink for s in self._running)
-
-    def _has_seats(self, n: int) -> bool:
-        taken = sum(s.forks for s in self._running)
-        taken += sum(held.request.sampling.num_sequences for held in self._held.values())
-        return taken + n <= self.max_num_seqs

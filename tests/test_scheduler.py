@@ -318,7 +318,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(finished=st.lists(st.booleans(), min_size=3, max_size=3))
     def adopt(self, finished: list[bool]) -> None:
         owner, reservation = self.sim.granted.popitem()
-        if not self.sim.scheduler.is_reserving(owner):
+        if not self.sim.scheduler.admission.is_reserving(owner):
             return
         request = self.requests[owner]
         ids, cached = request.token_ids, reservation.num_cached_tokens
