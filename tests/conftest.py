@@ -30,6 +30,25 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(smollm2, tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of 4 layers; for engines alone, it has no tokenizer."""
+    from tests.engines import checkpoint
+
+    return checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def pair(llama: Path) -> Iterator[tuple[Any, ...]]:
+    """Two engines that live as long as the module, each with its listener."""
+    from tests.engines import Listener, make_engine
+
+    la, lb = Listener(), Listener()
+    with make_engine(llama, la, max_num_batched_tokens=40) as a, make_engine(llama, lb) as b:
+        assert a.layout.fingerprint == b.layout.fingerprint
+        yield a, b, la, lb
+
+
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Any]:
     """Ray on one machine: a head without CPUs, a node labelled for each pool."""

@@ -26,6 +26,15 @@ TINY = dict(
 )
 
 
+# Ways to sample, one of each kind that the sampler treats apart.
+KINDS = {
+    "plain": dict(),
+    "truncated": dict(temperature=0.8, top_p=0.9, top_k=40, min_p=0.01),
+    "penalised": dict(temperature=1.2, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3),
+    "biased": dict(temperature=2.0, logit_bias={5: 4.0, 6: -50.0}, min_tokens=5, logprobs=3),
+}
+
+
 @dataclass
 class Listener:
     """Collects what an engine reports; `wait` returns once every named sequence has ended."""
@@ -69,6 +78,16 @@ class Listener:
 def make_engine(model: Path, listener: Callable, **config) -> Engine:
     defaults = dict(num_blocks=128, max_num_batched_tokens=64, num_threads=1, device="cpu")
     return Engine(EngineConfig(str(model), **{**defaults, **config}), listener)
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 131, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def sampled(name: str, ids: list[int], seed: int = 1, max_tokens: int = 20, **params) -> Request:
+    return Request(
+        name, tuple(ids), len(ids), SamplingParams(seed=seed, max_tokens=max_tokens, ignore_eos=True, **params)
+    )
 
 
 def greedy(name: str, ids: Sequence[int], max_tokens: int = 16, **more) -> Request:

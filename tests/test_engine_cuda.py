@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engines import Listener, assert_idle, checkpoint, greedy, make_engine, run
-from tests.test_engine import KINDS, Handoff, prompt, sampled
+from tests.engines import KINDS, Listener, assert_idle, checkpoint, greedy, make_engine, prompt, run, sampled
+from tests.handoff import Handoff
 from tests.test_families import FAMILIES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -14,28 +14,13 @@ from engine.engine import Engine
 from engine.model import load
 from engine.prove import fuse_model
 from engine.request import FirstToken, Request, SamplingParams
-from tests.engines import Listener, assert_idle, checkpoint, greedy, make_engine, run
+from tests.engines import Listener, assert_idle, checkpoint, greedy, make_engine, prompt, run, sampled
 from tests.test_families import FAMILIES
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [pytest.mark.gpu] if CUDA else []
 UNCAPTURED = {"qwen3_moe", "gpt_oss", "deepseek_v3"}
-
-
-def prompt(n: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 131, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def sampled(name: str, ids: list[int], seed: int = 1, max_tokens: int = 20, **params) -> Request:
-    return Request(
-        name, tuple(ids), len(ids), SamplingParams(seed=seed, max_tokens=max_tokens, ignore_eos=True, **params)
-    )
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
 def paged(model: Path, requests: list[Request], **config) -> Listener:
