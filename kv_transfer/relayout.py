@@ -1,0 +1,94 @@
+"""The same tokens in blocks of two sizes: which rows of one side are which of the other's. Arithmetic, and one copy.
+
+A layer of a block is [K | V], K and V are one tile per kv head, a tile is one row per token of the block:
+
+    block = [tile 0 | tile 1 | ...]      tile = block_size rows of row_bytes
+
+So a block of another size has the same tiles in the same order, each with more or fewer rows; consecutive tokens are
+consecutive bytes within a tile. Blocks are logical here: block i of size s holds the tokens [i * s, (i + 1) * s).
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+Bytes = TypeVar("Bytes", np.ndarray, torch.Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Consecutive tiles of one row size."""
+
+    num_tiles: int
+    row_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tokens that lie in one block on either side. Rows count from 0 inside the block."""
+
+    source_block: int
+    source_row: int
+    target_block: int
+    target_row: int
+    num_rows: int
+
+
+def runs(start: int, stop: int, source_size: int, target_size: int) -> Iterator[Run]:
+    """The tokens [start, stop), in order, cut wherever a block of either side begins."""
+    while start < stop:
+        source_block, source_row = divmod(start, source_size)
+        target_block, target_row = divmod(start, target_size)
+        num_rows = min(source_size - source_row, target_size - target_row, stop - start)
+        yield Run(source_block, source_row, target_block, target_row, num_rows)
+        start += num_rows
+
+
+def whole_blocks(num_tokens: int, *block_sizes: int) -> int:
+    """The most of `num_tokens` that are whole blocks at every size: how far a prefix can be left out of a transfer."""
+    unit = math.lcm(*block_sizes)
+    return num_tokens // unit * unit
+
+
+def merge(tiles: Iterable[Tiles]) -> list[Tiles]:
+    """Neighbours of one row size joined: a model of equal layers becomes one entry."""
+    return [
+        Tiles(sum(entry.num_tiles for entry in same), row_bytes)
+        for row_bytes, same in groupby(tiles, key=lambda entry: entry.row_bytes)
+    ]
+
+
+def copy_rows(
+    source: Bytes,
+    source_size: int,
+    target: Bytes,
+    target_size: int,
+    tiles: Iterable[Tiles],
+    rows: Iterable[Run],
+) -> None:
+    """Copies `rows` from blocks of one size to blocks of another.
+
+    `source`, `target`: uint8 [blocks, bytes of `tiles`], the last axis contiguous; the runs' blocks are their rows.
+    """
+    rows = list(rows)
+    first = 0  # bytes per token of the tiles so far
+    for entry in merge(tiles):
+        width, row = entry.num_tiles * entry.row_bytes, entry.row_bytes
+        # Cutting the contiguous last axis in two is a view, of a slice too.
+        from_tiles = source[:, first * source_size : (first + width) * source_size].reshape(
+            len(source), entry.num_tiles, source_size * row
+        )
+        to_tiles = target[:, first * target_size : (first + width) * target_size].reshape(
+            len(target), entry.num_tiles, target_size * row
+        )
+        for run in rows:
+            to_row, from_row, size = run.target_row * row, run.source_row * row, run.num_rows * row
+            to_tiles[run.target_block, :, to_row : to_row + size] = from_tiles[
+                run.source_block, :, from_row : from_row + size
+            ]
+        first += width
