@@ -107,7 +107,7 @@ def load(config: EngineConfig, device: torch.device, verify: bool | None = None)
         eos_token_ids=_eos_token_ids(path, text),
     )
     keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
-    digest = _weights_digest(path, config.load_format)
+    digest = _weights_digest(path, config.load_format, device)
     model = Model(info, module, [], digest, _rope_digest(text), keeps_logits)
     use_onednn(module)
     model.layers = probe(model, device)
@@ -211,14 +211,14 @@ def _eos_token_ids(path: Path, text: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _weights_digest(path: Path, load_format: str) -> str:
+def _weights_digest(path: Path, load_format: str, device: torch.device) -> str:
     """SHA-256 over the checkpoint's headers and samples of every file, a fraction of a second at any size.
 
     Each safetensors file gives its size, its header (names, shapes, types) and 256 pages of 4 KiB spread over it.
     """
     digest = hashlib.sha256()
-    if load_format == "dummy":
-        digest.update(b"dummy" + (path / "config.json").read_bytes())
+    if load_format == "dummy":  # drawn on the device, whose random numbers are not another kind's
+        digest.update(f"dummy {device.type} ".encode() + (path / "config.json").read_bytes())
         return digest.hexdigest()
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size

@@ -1,18 +1,33 @@
 """The whole service with its engines on a GPU: the same tokens as on the CPU, in fp32, over each transport."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.service import request, service
+from tests.service import request, service, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-SIZES = {"load_format": "dummy", "num_blocks": 128, "block_size": 16, "max_num_batched_tokens": 64, "dtype": "float32"}
+SIZES = {"num_blocks": 128, "block_size": 16, "max_num_batched_tokens": 64, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, since random weights are another device's others, with weights so large that its answers differ."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = tiny_model(smollm2, tmp_path_factory.mktemp("checkpoint"), tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    return directory
 
 
 def asked() -> list:
@@ -34,6 +49,7 @@ async def test_tokens_are_those_of_the_cpu(tiny, transport):
             return [answer.token_ids for answer in found], sum(a.timings.kv_transfer_bytes for a in found)
 
     expected, _ = await answers("cpu")
+    assert all(len(set(sequence)) > 3 for answer in expected for sequence in answer), "a model that answers the same"
     found, num_bytes = await answers("cuda")
     assert found == expected
     assert num_bytes > 0
