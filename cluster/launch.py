@@ -64,7 +64,7 @@ def connect(say: Say, start: bool = False, transport: str = "grpc", join_running
         say(f"joined the running Ray cluster at {address}")
     elif start:
         say("no Ray cluster is running: starting a local one")
-        local = local_ray.start(_object_store_bytes(transport))
+        local = local_ray.start(_object_store_bytes(transport), transport == "ray_store")
         try:
             _join_local(local)
         except LaunchError:

@@ -49,12 +49,16 @@ def running() -> LocalRay | None:
     return local if alive else None
 
 
-def start(object_store_bytes: int) -> LocalRay:
-    """Starts a cluster that outlives this process, or takes the one that somebody started just now. LocalRayError."""
+def start(object_store_bytes: int, carries_kv: bool) -> LocalRay:
+    """Starts a cluster that outlives this process, or takes the one that somebody started just now. LocalRayError.
+
+    `carries_kv`: its object store is to collect freed objects a hundred times a second, not once: KV on its way would
+    fill it with what is done with. That costs an idle machine 0.3% of a core.
+    """
     cache_dir().mkdir(parents=True, exist_ok=True)
     with open(cache_dir() / ".local-ray.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return running() or _start(object_store_bytes)
+        return running() or _start(object_store_bytes, carries_kv)
 
 
 def stop(local: LocalRay) -> None:
@@ -75,10 +79,12 @@ def loopback_only() -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
-def _start(object_store_bytes: int) -> LocalRay:
+def _start(object_store_bytes: int, carries_kv: bool) -> LocalRay:
     directory = tempfile.mkdtemp(prefix="pdserve-ray-", dir="/tmp")  # short: it holds unix sockets
     command = [sys.executable, "-m", "cluster.local_ray", directory, str(object_store_bytes)]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    if carries_kv:
+        environment.setdefault("RAY_free_objects_period_milliseconds", "10")
     with open(Path(directory) / "keeper.log", "w") as log:
         keeper = subprocess.Popen(
             command,
@@ -132,8 +138,6 @@ def _keep(directory: str, object_store_bytes: int) -> None:
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     loopback_only()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Freed objects are collected once a second by default: KV on its way would fill the store with what is done with.
-    os.environ.setdefault("RAY_free_objects_period_milliseconds", "10")
     import ray
 
     ray.init(
