@@ -136,8 +136,8 @@ class Decoder:
                 run.emit(run.entry(started=worker_pb2.PrefillStarted(cached_tokens=num_cached)))
             case Preempted(sequence_index=index):
                 run.emit(run.entry(sequence_index=index, preempted=worker_pb2.Preempted()))
-            case Failed(reason=reason, message=text):
-                self.fail(run, f"ERROR_REASON_{reason}", text, False)
+            case Failed() as lost:
+                self.fail(run, f"ERROR_REASON_{lost.reason}", lost.message, lost.retryable)
 
     def _add_token(self, run: Run, token: Token) -> None:
         index = token.sequence_index

@@ -32,6 +32,7 @@ from engine.request import Event, Failed, FirstToken, Request, Reservation
 from engine.runner import Handle, KVSink, Runner
 from engine.scheduler import Scheduler
 from engine.sequence import EngineStats, Plan
+from engine.shrink import OutOfMemory
 
 log = logging.getLogger(__name__)
 
@@ -246,14 +247,28 @@ class Engine:
             self._emit(plan.events)  # before the step: who hears Started takes the time
         self._tell_sinks(plan)
         events: list[Event] = []
+        is_busy = bool(plan.rows or self._flying)
+        ahead = self._runner.runs_ahead and plan.rows and not plan.must_settle and not any(r.report for r in plan.rows)
         if plan.rows:
             try:
                 self._flying.append((plan, self._runner.launch(plan, self._sinks)))
+            except OutOfMemory as error:
+                log.warning("no memory for a step of %d tokens: it is cut", sum(r.num_tokens for r in plan.rows))
+                events += self._take_in(0)
+                events += self._compute_in_parts(plan, error.announced)
             except Exception as error:
                 events += self._lose(plan, error)
-        ahead = self._runner.runs_ahead and plan.rows and not plan.must_settle and not any(r.report for r in plan.rows)
-        is_busy = bool(plan.rows or self._flying)
-        while len(self._flying) > bool(ahead):
+        events += self._take_in(1 if ahead else 0)
+        self._apply()
+        self._settle()
+        if events:
+            self._emit(events)
+        return is_busy
+
+    def _take_in(self, ahead: int) -> list[Event]:
+        """The results of all steps in flight but the last `ahead`."""
+        events: list[Event] = []
+        while len(self._flying) > ahead:
             launched, handle = self._flying.popleft()
             try:
                 results = handle.result()
@@ -261,11 +276,15 @@ class Engine:
                 events += self._lose(launched, error)
             else:
                 events += self._scheduler.update(launched, results)
-        self._apply()
-        self._settle()
-        if events:
-            self._emit(events)
-        return is_busy
+        return events
+
+    def _compute_in_parts(self, plan: Plan, announced: set[int]) -> list[Event]:
+        """With no step in flight: smaller ones overwrite the tokens that only the device knows."""
+        try:
+            results = self._runner.compute_in_parts(plan, self._sinks, announced)
+        except Exception as error:
+            return self._lose(plan, error)
+        return self._scheduler.update(plan, results)
 
     def _lose(self, plan: Plan, error: Exception) -> list[Event]:
         """The requests of this step are lost, the engine is not."""

@@ -124,6 +124,11 @@ class Failed:
     reason: str
     message: str
 
+    @property
+    def retryable(self) -> bool:
+        """Whether another attempt, at another worker or later, may well succeed."""
+        return self.reason == "OUT_OF_MEMORY"
+
 
 Event = Started | Token | Preempted | Failed
 

@@ -18,6 +18,7 @@ from engine.model import Model, load
 from engine.prove import fuse_model
 from engine.sampler import sample
 from engine.sequence import Plan, Row, RowResult
+from engine.shrink import OutOfMemory, compute_in_parts, is_out_of_memory
 from engine.steps import Flight, Steps
 from engine.verify import UnsupportedModel
 
@@ -83,10 +84,31 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan, sinks: Mapping[str, KVSink]) -> Handle:
-        """Starts the plan's rows. Raises what the host meets; what the device meets is raised by result()."""
+        """Starts the plan's rows. Raises what the host meets; what the device meets is raised by result().
+
+        After OutOfMemory, `compute_in_parts` computes the plan all the same.
+        """
         reports = [_Report(row, sinks[row.sequence.request.id], self.layout) for row in plan.rows if row.report]
-        if self.steps is None:
-            return _Done(self._execute(plan, reports))
+        try:
+            return self._execute(plan, reports) if self.steps is None else self._start(self.steps, plan, reports)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here and not above: the error holds the frames, and with them the tensors, of what failed.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemory({id(report.row) for report in reports if report.layer})
+
+    def compute_in_parts(self, plan: Plan, sinks: Mapping[str, KVSink], announced: set[int]) -> list[RowResult]:
+        """For a plan that raised OutOfMemory, with what that told, once all plans before it are taken in. Waits."""
+
+        def compute(rows: list[Row]) -> list[RowResult]:
+            return self.launch(Plan(rows), sinks).result()
+
+        return compute_in_parts(plan.rows, announced, self.layout.block_size, compute)
+
+    def _start(self, steps: Steps, plan: Plan, reports: "list[_Report]") -> Handle:
+        """The device path: returns when the step is launched."""
         pending: deque[tuple[Any, _Report, int]] = deque()
 
         def on_layer(layer: int) -> None:
@@ -99,18 +121,9 @@ class Runner:
                 _, report, stop = pending.popleft()
                 report.send(stop)
 
-        try:
-            flight = self.steps.launch(plan, on_layer)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            num_tokens = sum(row.num_tokens for row in plan.rows)
-            raise MemoryError(
-                f"no GPU memory for a step of {num_tokens} tokens: lower max_num_batched_tokens or "
-                "gpu_memory_utilization"
-            ) from None
-        return _InFlight(self, plan, flight, reports, pending)
+        return _InFlight(self, plan, steps.launch(plan, on_layer), reports, pending)
 
-    def _execute(self, plan: Plan, reports: "list[_Report]") -> list[RowResult]:
+    def _execute(self, plan: Plan, reports: "list[_Report]") -> Handle:
         """The reference: one step from end to end."""
 
         def on_layer(layer: int) -> None:
@@ -123,7 +136,7 @@ class Runner:
         batch = Batch(plan.rows, self.cache, on_layer)
         logits = self.model.logits(batch)
         results = dict(zip(map(id, batch.rows), sample(logits, batch.rows, self.model.info.eos_token_ids), strict=True))
-        return _in_order(plan, results, reports)
+        return _Done(_in_order(plan, results, reports))
 
     def apply(self, memory_ops: list[tuple[int | None, int]]) -> None:
         """Copies and wipes blocks, in order, before anything else touches them."""

@@ -94,8 +94,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                     yield worker_pb2.PrefillEvent(started=worker_pb2.PrefillStarted(cached_tokens=num_cached))
                 case Token() as token:
                     tokens.append(token)
-                case Failed(reason=reason, message=text):
-                    yield _failed(f"ERROR_REASON_{reason}", text, False, handoff)
+                case Failed() as lost:
+                    yield _failed(f"ERROR_REASON_{lost.reason}", lost.message, lost.retryable, handoff)
                     return
         tokens.sort(key=lambda token: token.sequence_index)
         first = worker_pb2.FirstTokens(tokens=[first_token_to_pb(token, request.sampling.seed) for token in tokens])

@@ -43,6 +43,7 @@ _STATUS: dict[int, tuple[grpc.StatusCode, float | None]] = {  # reason -> (statu
     pb.ERROR_REASON_CANCELLED: (grpc.StatusCode.CANCELLED, None),
     pb.ERROR_REASON_INTERNAL: (grpc.StatusCode.INTERNAL, None),
     pb.ERROR_REASON_NO_GRANT: (grpc.StatusCode.UNAVAILABLE, 1.0),
+    pb.ERROR_REASON_OUT_OF_MEMORY: (grpc.StatusCode.UNAVAILABLE, 1.0),
 }
 
 

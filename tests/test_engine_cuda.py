@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.runner import Runner
 from tests.engines import KINDS, Listener, assert_idle, checkpoint, greedy, make_engine, prompt, run, sampled
 from tests.handoff import Handoff
 from tests.test_families import FAMILIES
@@ -57,3 +58,30 @@ def test_pool_from_free_memory_and_half_precision(tmp_path: Path, dtype: str) ->
         engine.submit(request)
         listener.wait(request)
         assert_idle(engine)
+
+
+def test_a_step_without_memory_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator itself refuses: an MLP of 16384 floats for 6000 tokens, and 48 MiB to put it."""
+    model = checkpoint(tmp_path, "llama", intermediate_size=16384, max_position_embeddings=8192)
+    request = greedy("long", prompt(6000), 8)
+    options = dict(device="cuda", num_blocks=200, block_size=64, max_num_batched_tokens=8192)
+    expected = run(model, [request], **options).outputs
+    own, cut = Runner.compute_in_parts, []
+
+    def counted(self, *args):
+        cut.append(args)
+        return own(self, *args)
+
+    monkeypatch.setattr(Runner, "compute_in_parts", counted)
+    listener = Listener()
+    with make_engine(model, listener, **options) as engine:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (48 << 20)) / total)
+        try:
+            engine.submit(request)
+            listener.wait(request)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert_idle(engine)
+    assert listener.outputs == expected and cut
