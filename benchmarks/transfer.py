@@ -67,7 +67,7 @@ def main() -> None:
         import ray
 
         ray.shutdown()
-    packages = {name: version(name) for name in ("torch", "grpcio", "ray", "numpy", "google-crc32c")}
+    packages = {name: version(name) for name in ("torch", "grpcio", "ray", "numpy", "awscrt")}
     machine = {"python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
     config = {"rounds": args.rounds, "seed": SEED, "chunk_bytes": kv_transfer.create.CHUNK_BYTES}
     print(json.dumps({"benchmark": "transfer", "gb_per_s": results, "config": config, **machine, "packages": packages}))

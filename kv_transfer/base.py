@@ -140,11 +140,14 @@ class Sender(Protocol):
 class ObjectStore(Protocol):
     """Memory shared with the peer outside our sockets: Ray's object store in `cluster`, a dict in tests."""
 
-    def put(self, arrays: Sequence[np.ndarray]) -> bytes:
-        """Copies the arrays' bytes, one after the other, into an object; returns its token. Kept until `drop`."""
+    def put(self, arrays: Sequence[np.ndarray]) -> tuple[bytes, int]:
+        """Copies the arrays' bytes, one after the other, into an object that is kept until `drop`; returns its token
+        and the bytes' crc32c. Blocks."""
 
-    def get(self, token: bytes, timeout_s: float) -> list[np.ndarray]:
-        """The object's bytes, read-only, as one or more uint8 arrays. Blocks; raises TransferBroken."""
+    def get(self, token: bytes, num_bytes: int, timeout_s: float) -> tuple[np.ndarray, bool]:
+        """The object's first bytes, uint8, read-only, and whether they are the memory that `put` filled, not a copy.
+        They stay as they are until the peer hears that they have been read. Blocks; raises TransferBroken."""
 
-    def drop(self, token: bytes) -> None:
-        """Lets go of an object that `put` made here. Idempotent."""
+    def drop(self, token: bytes, mapped: bool = False) -> None:
+        """Lets go of an object that `put` made here. `mapped`: its reader has it as the memory itself and reads it no
+        more, so the next `put` may fill it again. Idempotent."""

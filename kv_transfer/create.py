@@ -18,7 +18,7 @@ from protos.grpc_options import CHANNEL_OPTIONS
 
 # What a sender makes its chunks of: a message's buffers and their copies stay in the processor's cache; an object's
 # fixed cost of most of a millisecond is spread over more bytes.
-CHUNK_BYTES = {"local": 1 << 20, "grpc": 1 << 20, "ray_store": 16 << 20}
+CHUNK_BYTES = {"local": 1 << 20, "grpc": 1 << 20, "ray_store": 8 << 20}
 TRANSPORTS = tuple(CHUNK_BYTES)
 MAX_CHUNK_BYTES = 16 << 20  # what a receiver takes
 

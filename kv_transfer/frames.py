@@ -2,7 +2,7 @@
 
     offset size
       0     2   magic "KV"
-      2     1   version, 1
+      2     1   version, 2
       3     1   kind: 1 BEGIN, 2 CHUNK, 3 TOKEN, 4 END
       4    16   transfer id
      20     4   sequence           ─┐
@@ -23,11 +23,12 @@ A stream is BEGIN, chunks numbered from 0, END; all with one transfer id. The re
 
       0     4   number of chunks placed so far
       4     1   verdict: 0 fine, 1 refused, 2 broken, 3 corrupt
-      5     …   UTF-8 text of an error
+      5     1   1: the objects of this stream are mapped here, not copied
+      6     …   UTF-8 text of an error
 
-one for every TOKEN, so that the sender can let go of the object, and one at the end: for END, or for what is wrong. The
-verdict travels in the stream and not as its status because a sender that is just writing when the status comes is told
-"internal error" instead.
+one for every TOKEN, so that the sender can fill the object again or let it go, and one at the end: for END, or for what
+is wrong. The verdict travels in the stream and not as its status because a sender that is just writing when the status
+comes is told "internal error" instead.
 """
 
 import struct
@@ -41,10 +42,10 @@ from kv_transfer.base import ChunkHeader, TransferBroken, TransferCorrupt, Trans
 from kv_transfer.checksum import crc32c
 
 _PREFIX = struct.Struct("<2sBB16s")
-_MAGIC, _VERSION = b"KV", 1
+_MAGIC, _VERSION = b"KV", 2
 _END = struct.Struct("<IQ")
 _U32 = struct.Struct("<I")
-_ACK = struct.Struct("<IB")
+_ACK = struct.Struct("<IBB")
 _VERDICTS = (TransferRefused, TransferBroken, TransferCorrupt)
 HEADER_BYTES = _PREFIX.size + ChunkHeader.STRUCT.size
 MAX_TOKEN_BYTES = 4096
@@ -131,19 +132,26 @@ def end_frame(transfer_id: bytes, num_chunks: int, num_bytes: int) -> bytes:
     return _frame(Kind.END, transfer_id, _plain_header(payload), [payload])
 
 
-def pack_ack(num_chunks: int, error: TransferError | None = None) -> bytes:
-    if error is None:
-        return _ACK.pack(num_chunks, 0)
-    return _ACK.pack(num_chunks, 1 + _VERDICTS.index(type(error))) + str(error).encode()
+@dataclass(frozen=True, slots=True)
+class Ack:
+    num_chunks: int
+    error: TransferError | None = None
+    is_mapped: bool = False
 
+    def pack(self) -> bytes:
+        if self.error is None:
+            return _ACK.pack(self.num_chunks, 0, self.is_mapped)
+        verdict = 1 + _VERDICTS.index(type(self.error))
+        return _ACK.pack(self.num_chunks, verdict, self.is_mapped) + str(self.error).encode()
 
-def parse_ack(message: bytes) -> tuple[int, TransferError | None]:
-    if len(message) < _ACK.size or message[4] > len(_VERDICTS):
-        return 0, TransferBroken(f"the receiver answers {message[:8]!r}: not an acknowledgement")
-    num_chunks, verdict = _ACK.unpack_from(message)
-    if verdict == 0:
-        return num_chunks, None
-    return num_chunks, _VERDICTS[verdict - 1](message[_ACK.size :].decode(errors="replace"))
+    @classmethod
+    def parse(cls, message: bytes) -> "Ack":
+        if len(message) < _ACK.size or message[4] > len(_VERDICTS):
+            return cls(0, TransferBroken(f"the receiver answers {message[:8]!r}: not an acknowledgement"))
+        num_chunks, verdict, is_mapped = _ACK.unpack_from(message)
+        if verdict == 0:
+            return cls(num_chunks, None, bool(is_mapped))
+        return cls(num_chunks, _VERDICTS[verdict - 1](message[_ACK.size :].decode(errors="replace")))
 
 
 def _plain_header(payload: bytes) -> ChunkHeader:

@@ -2,8 +2,8 @@
 
 Life of a stream at the receiving worker, on its event loop:
  1. BEGIN names the ticket and the sender's incarnation; the receiver refuses what it did not grant.
- 2. Each CHUNK is checked and scattered straight from the message into the pages. A TOKEN's bytes are fetched from the
-    object store on a pool thread first, and acknowledged.
+ 2. Each CHUNK is scattered straight from the message into the pages, and checked there. A TOKEN's bytes are fetched
+    from the object store on a pool thread first, and acknowledged.
  3. END gives the counts; the acknowledgement that answers it says that all of it lies in the pages.
  4. A stream that ends otherwise fails its transfer. A ticket that ends otherwise ends its stream, so that the sender
     stops at once. Nothing is visible before Commit in any case.
@@ -16,13 +16,15 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import grpc.aio
 import numpy as np
 
 from kv_transfer.base import ChunkHeader, Manifest, ObjectStore, TransferBroken, TransferError
-from kv_transfer.frames import Frame, Kind, begin_frame, chunk_frame, end_frame, pack_ack, parse_ack
+from kv_transfer.checksum import crc32c
+from kv_transfer.frames import Ack, Frame, Kind, begin_frame, chunk_frame, end_frame
 from kv_transfer.receiver import Receiver
 
 SERVICE = "pdserve.v1.KvTransferService"
@@ -67,7 +69,7 @@ class _PushHandler:
             stream.close()
             if transfer_id is not None and verdict is not None:
                 self._receiver.fail(transfer_id, verdict)
-        await context.write(pack_ack(stream.num_chunks, verdict))
+        await context.write(Ack(stream.num_chunks, verdict).pack())
 
     async def _take(self, transfer_id: bytes, stream: "_Incoming") -> None:
         """Everything after BEGIN. Returns when END has come and agrees."""
@@ -82,9 +84,9 @@ class _PushHandler:
                 self._receiver.chunk(transfer_id, frame.header, [frame.payload])
                 stream.num_chunks += 1
             elif frame.kind is Kind.TOKEN:
-                await asyncio.get_running_loop().run_in_executor(self._pool, self._fetch, frame)
+                is_mapped = await asyncio.get_running_loop().run_in_executor(self._pool, self._fetch, frame)
                 stream.num_chunks += 1
-                await stream.context.write(pack_ack(stream.num_chunks))
+                await stream.context.write(Ack(stream.num_chunks, is_mapped=is_mapped).pack())
             else:
                 raise TransferBroken("a second BEGIN")
 
@@ -97,11 +99,12 @@ class _PushHandler:
         self._receiver.begin(frame.transfer_id, frame.source())
         return frame.transfer_id
 
-    def _fetch(self, frame: Frame) -> None:
+    def _fetch(self, frame: Frame) -> bool:
         if self._object_store is None:
             raise TransferBroken("chunk in an object store: this worker has none")
-        arrays = self._object_store.get(frame.token(), self._receiver.progress_s)
-        self._receiver.chunk(frame.transfer_id, frame.header, arrays)
+        array, is_mapped = self._object_store.get(frame.token(), frame.header.num_bytes, self._receiver.progress_s)
+        self._receiver.chunk(frame.transfer_id, frame.header, [array])
+        return is_mapped
 
 
 class _Incoming:
@@ -151,14 +154,16 @@ class GrpcWire:
         self._progress = asyncio.Event()
         self._error: TransferError | None = None  # the receiver's verdict
         self.num_acked = 0
+        self.is_mapped = False  # the receiver maps the objects whose tokens came by this stream
 
     async def begin(self) -> None:
         self._call = self._channel.stream_stream(PUSH)()  # type: ignore[call-arg]  # identity serializers
         self._acks = asyncio.create_task(self._read_acks(self._call))
         await self._write(begin_frame(self._transfer_id, self._source))
 
-    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> bytes:
-        return chunk_frame(self._transfer_id, header, pages)
+    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> tuple[ChunkHeader, bytes]:
+        header = replace(header, crc32c=crc32c(pages))
+        return header, chunk_frame(self._transfer_id, header, pages)
 
     async def send(self, packed: bytes) -> None:
         await self._write(packed)
@@ -201,7 +206,9 @@ class GrpcWire:
         try:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 while self._error is None and isinstance(message := await call.read(), bytes):
-                    self.num_acked, self._error = parse_ack(message)
+                    ack = Ack.parse(message)
+                    self.num_acked, self._error = ack.num_chunks, ack.error
+                    self.is_mapped |= ack.is_mapped
                     self._progress.set()
         finally:
             self._progress.set()

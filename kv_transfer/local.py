@@ -2,11 +2,15 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from kv_transfer.base import ChunkHeader, Manifest, TransferBroken
+from kv_transfer.checksum import crc32c
 from kv_transfer.receiver import Receiver
+
+_Chunk = tuple[ChunkHeader, Sequence[np.ndarray]]
 
 _receivers: dict[str, Receiver] = {}
 
@@ -23,7 +27,7 @@ def register(address: str, receiver: Receiver) -> Callable[[], None]:
 
 
 class LocalWire:
-    """Hands each chunk to the receiver as one gathered array."""
+    """Hands each chunk to the receiver as the pages themselves."""
 
     def __init__(self, address: str, transfer_id: bytes, source: tuple[str, str]) -> None:
         self._address = address
@@ -33,13 +37,12 @@ class LocalWire:
     async def begin(self) -> None:
         self._receiver().begin(self._transfer_id, self._source)
 
-    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> bytes:
-        return header.pack() + b"".join(page.data for page in pages)
+    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> tuple[ChunkHeader, _Chunk]:
+        header = replace(header, crc32c=crc32c(pages))
+        return header, (header, pages)
 
-    async def send(self, packed: bytes) -> None:
-        header = ChunkHeader.unpack(packed)
-        payload = np.frombuffer(packed, np.uint8, offset=ChunkHeader.STRUCT.size)
-        self._receiver().chunk(self._transfer_id, header, [payload])
+    async def send(self, packed: _Chunk) -> None:
+        self._receiver().chunk(self._transfer_id, *packed)
         await asyncio.sleep(0)  # other transfers and the caller get their turn between chunks
 
     async def end(self, manifest: Manifest) -> None:

@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from kv_transfer.checksum import copy_crc32c, crc32c
+
 
 @dataclass(frozen=True, slots=True)
 class BlockMemory:
@@ -55,24 +57,28 @@ class BlockMemory:
         pages = self.slab.numpy()
         return [pages[block_id, start:stop] for block_id in block_ids]
 
-    def write(self, block_ids: Sequence[int], layer_start: int, layer_stop: int, arrays: Sequence[np.ndarray]) -> None:
-        """Writes `arrays`, laid end to end, over the layers of the blocks; the total must fit exactly."""
+    def write(self, block_ids: Sequence[int], layer_start: int, layer_stop: int, arrays: Sequence[np.ndarray]) -> int:
+        """Writes `arrays`, laid end to end, over the layers of the blocks; the total must fit exactly. Returns the
+        crc32c of what was written."""
         start, stop = self.layer_offsets[layer_start], self.layer_offsets[layer_stop]
         width = stop - start
         if self.slab.is_cuda:
-            staged = torch.from_numpy(np.concatenate(arrays))
+            bytes_ = np.concatenate(arrays)
+            staged = torch.from_numpy(bytes_)
             ids = torch.tensor(block_ids, device=self.slab.device)
             self.slab[:, start:stop].index_copy_(0, ids, staged.to(self.slab.device).view(-1, width))
             torch.cuda.current_stream(self.slab.device).synchronize()
-            return
+            return crc32c([bytes_])
         pages = self.slab.numpy()
-        block, filled = 0, 0  # where the next byte goes
+        block, filled, checksum = 0, 0, 0  # block and byte of it where the next byte goes
         for array in arrays:
             at = 0
             while at < len(array):
                 size = min(width - filled, len(array) - at)
-                pages[block_ids[block], start + filled : start + filled + size] = array[at : at + size]
+                page = pages[block_ids[block], start + filled : start + filled + size]
+                checksum = copy_crc32c(array[at : at + size], page, checksum)
                 at, filled = at + size, filled + size
                 if filled == width:
                     block, filled = block + 1, 0
         assert block == len(block_ids) and filled == 0
+        return checksum

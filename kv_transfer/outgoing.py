@@ -4,7 +4,7 @@ Life of a transfer here:
  1. `open` starts a task on the sender's event loop; the wire begins the stream under the ticket.
  2. The engine thread pushes rectangles of pages; each is a queue entry and a wake-up, nothing else.
  3. The task cuts them into chunks, first joining what queued up meanwhile (the next layers of the same blocks).
- 4. A chunk's pages are read, checksummed and packed, on the loop or, for a wire whose packing may block, on a pool
+ 4. A chunk's pages are read, checksummed and packed by the wire, on the loop or, where packing may block, on a pool
     thread while the chunk before it is sent. One transfer holds two packed chunks and what the wire has in flight,
     however long the prompt is.
  5. `finish` ends the stream: the wire waits until the receiver has placed all of it.
@@ -18,12 +18,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from kv_transfer.base import ChunkHeader, Manifest, ManifestBuilder, TransferBroken
-from kv_transfer.checksum import crc32c
 from kv_transfer.memory import BlockMemory
 
 
@@ -33,10 +32,11 @@ class Wire(Protocol):
     async def begin(self) -> None:
         """Opens the stream."""
 
-    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> bytes:
-        """Copies a chunk's pages into what `send` takes. Runs on the loop, or on pool threads two at a time."""
+    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> tuple[ChunkHeader, Any]:
+        """Makes of a chunk's pages what `send` takes, and puts their checksum into the header. Runs on the loop, or on
+        pool threads two at a time."""
 
-    async def send(self, packed: bytes) -> None:
+    async def send(self, packed: Any) -> None:
         """Returns when the chunk is on its way and the next may follow."""
 
     async def end(self, manifest: Manifest) -> None:
@@ -70,7 +70,7 @@ class ChunkedOutgoing:
         self._error: BaseException | None = None
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
-        self._reads: deque[Future[tuple[ChunkHeader, bytes]]] = deque()  # chunks being packed, at most two
+        self._reads: deque[Future[tuple[ChunkHeader, Any]]] = deque()  # chunks being packed, at most two
         self._moving = self._loop.create_task(self._move())
         self._task = self._loop.create_task(self._run())
 
@@ -169,10 +169,10 @@ class ChunkedOutgoing:
             return True
         return chunk is not None
 
-    def _read(self, chunk: "_Rect") -> "Future[tuple[ChunkHeader, bytes]]":
+    def _read(self, chunk: "_Rect") -> "Future[tuple[ChunkHeader, Any]]":
         if self._pool is not None:
             return self._pool.submit(self._pack, self._num_chunks, chunk)
-        read: Future[tuple[ChunkHeader, bytes]] = Future()
+        read: Future[tuple[ChunkHeader, Any]] = Future()
         read.set_result(self._pack(self._num_chunks, chunk))
         return read
 
@@ -203,7 +203,7 @@ class ChunkedOutgoing:
         count = self._max_chunk_bytes // width
         return [rect] if len(rect.block_ids) <= count else list(rect.split_blocks(count))
 
-    def _pack(self, sequence: int, chunk: "_Rect") -> tuple[ChunkHeader, bytes]:
+    def _pack(self, sequence: int, chunk: "_Rect") -> tuple[ChunkHeader, Any]:
         pages = self._memory.read(chunk.block_ids, chunk.layer_start, chunk.layer_stop)
         header = ChunkHeader(
             sequence=sequence,
@@ -212,9 +212,9 @@ class ChunkedOutgoing:
             block_start=chunk.block_start,
             block_count=len(chunk.block_ids),
             num_bytes=sum(map(len, pages)),
-            crc32c=crc32c(pages),
+            crc32c=0,  # the wire's to fill in, as it reads the pages
         )
-        return header, self._wire.pack(header, pages)
+        return self._wire.pack(header, pages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """Transport `ray_store`: chunks go through an object store that both workers share, their tokens through a Push stream.
 
-The sender puts a chunk's pages into the store, one copy, and sends the token; the receiver maps the object, checks and
-places it, and acknowledges; then the sender lets the object go. At most `WINDOW` chunks of a transfer are in the store
-and not acknowledged. The store is injected: `cluster.object_store` implements it with Ray's.
+The sender copies a chunk's pages into an object and sends its token; the receiver maps the object, places and checks
+its bytes, and acknowledges; then the sender fills the object again, or lets it go if the receiver had it as a copy. At
+most `WINDOW` chunks of a transfer are in the store and not acknowledged. The store is injected: `cluster.object_store`
+implements it with Ray's.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import grpc.aio
 import numpy as np
@@ -32,10 +34,11 @@ class RayStoreWire:
     async def begin(self) -> None:
         await self._stream.begin()
 
-    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> bytes:
-        token = self._object_store.put(pages)
+    def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> tuple[ChunkHeader, bytes]:
+        token, checksum = self._object_store.put(pages)
         self._tokens[header.sequence] = token
-        return token_frame(self._transfer_id, header, token)
+        header = replace(header, crc32c=checksum)
+        return header, token_frame(self._transfer_id, header, token)
 
     async def send(self, packed: bytes) -> None:
         await self._stream.wait_acked(self._num_sent + 1 - WINDOW)
@@ -45,14 +48,17 @@ class RayStoreWire:
 
     async def end(self, manifest: Manifest) -> None:
         await self._stream.end(manifest)
+        self._drop(self._num_sent)
 
     async def lost(self) -> None:
         await self._stream.lost()
 
     async def close(self, error: BaseException | None) -> None:
         await self._stream.close(error)
-        self._drop(self._num_sent + len(self._tokens))
+        for token in self._tokens.values():
+            self._object_store.drop(token)  # who knows whether it is still being read
+        self._tokens.clear()
 
     def _drop(self, stop: int) -> None:
         for sequence in [sequence for sequence in self._tokens if sequence < stop]:
-            self._object_store.drop(self._tokens.pop(sequence))
+            self._object_store.drop(self._tokens.pop(sequence), self._stream.is_mapped)

@@ -13,7 +13,7 @@
 GRANTED, RECEIVING and FAILED are live: the owner's pages are held, and exactly one of commit, release and expire will
 say that they no longer are. The other three are tombstones, kept (a bounded number) to answer what comes late.
 
-Every chunk is checked and placed under its ticket's lock, and every way out of RECEIVING takes that lock. So when
+Every chunk is placed and checked under its ticket's lock, and every way out of RECEIVING takes that lock. So when
 release, expire or commit has returned, no byte of that transfer is written any more; they wait for at most one chunk.
 """
 
@@ -38,7 +38,6 @@ from kv_transfer.base import (
     TransferError,
     TransferRefused,
 )
-from kv_transfer.checksum import crc32c
 from kv_transfer.memory import BlockMemory
 
 TICKET_BYTES = 16
@@ -126,7 +125,7 @@ class Receiver:
             ticket.state = State.RECEIVING
 
     def chunk(self, transfer_id: bytes, header: ChunkHeader, arrays: Sequence[np.ndarray]) -> None:
-        """Checks one chunk, its bytes being `arrays` laid end to end, and places it. A bad one fails the transfer."""
+        """Places one chunk, its bytes being `arrays` laid end to end, and checks it. A bad one fails the transfer."""
         ticket = self._find(transfer_id)
         with ticket.lock:
             self._require_lease(ticket)
@@ -134,17 +133,18 @@ class Receiver:
                 raise ticket.error or TransferRefused(f"chunk for a ticket that is {ticket.state.value}")
             try:
                 cells = self._cells(ticket, header, sum(map(len, arrays)))
-                if crc32c(arrays) != header.crc32c:
+                # What is checked is what landed: the pages are the ticket's alone until they are committed.
+                checksum = self.memory.write(
+                    ticket.block_ids[header.block_start : header.block_start + header.block_count],
+                    header.layer_start,
+                    header.layer_start + header.layer_count,
+                    arrays,
+                )
+                if checksum != header.crc32c:
                     raise TransferCorrupt(f"chunk {header.sequence}: checksum differs from the one taken at the sender")
             except TransferError as error:
                 self._fail(ticket, error)
                 raise
-            self.memory.write(
-                ticket.block_ids[header.block_start : header.block_start + header.block_count],
-                header.layer_start,
-                header.layer_start + header.layer_count,
-                arrays,
-            )
             cells[...] = True
             ticket.num_covered += cells.size
             ticket.received.add(header)

@@ -23,16 +23,16 @@ class ActorStore:
     def __init__(self, actor) -> None:
         self._actor = actor
 
-    def put(self, arrays: Sequence[np.ndarray]) -> bytes:
+    def put(self, arrays: Sequence[np.ndarray]) -> tuple[bytes, int]:
         import ray
 
         return ray.get(self._actor.put.remote([np.array(array) for array in arrays]))
 
-    def get(self, token: bytes, timeout_s: float) -> list[np.ndarray]:
+    def get(self, token: bytes, num_bytes: int, timeout_s: float) -> tuple[np.ndarray, bool]:
         raise AssertionError("the sender never reads")
 
-    def drop(self, token: bytes) -> None:
-        self._actor.drop.remote(token)
+    def drop(self, token: bytes, mapped: bool = False) -> None:
+        self._actor.drop.remote(token, mapped)
 
 
 @pytest.fixture(scope="module")

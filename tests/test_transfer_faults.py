@@ -13,7 +13,7 @@ import torch
 
 import kv_transfer
 from kv_transfer.base import Manifest
-from kv_transfer.frames import HEADER_BYTES, begin_frame, chunk_frame, end_frame, parse_ack, token_frame
+from kv_transfer.frames import HEADER_BYTES, Ack, begin_frame, chunk_frame, end_frame, token_frame
 from kv_transfer.grpc_stream import PUSH
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
@@ -141,7 +141,7 @@ async def test_a_damaged_token_is_not_looked_up():
     async with transfer_pair("ray_store", store) as pair:
         transfer_id = pair.grant([1])
         header, pages = make_chunk(pair.source, 0, [3], 0, (0, NUM_LAYERS))
-        frame = bytearray(token_frame(transfer_id, header, store.put(pages)))
+        frame = bytearray(token_frame(transfer_id, header, store.put(pages)[0]))
         frame[-1] ^= 1
         with pytest.raises(kv_transfer.TransferCorrupt, match="token"):
             await push_raw(pair.address, begin_frame(transfer_id, SOURCE), bytes(frame))
@@ -169,9 +169,10 @@ async def push_raw(address: str, *messages: bytes) -> int:
         call = channel.stream_stream(PUSH)(iter(messages), timeout=5)
         num_chunks = 0
         async for answer in call:
-            num_chunks, error = parse_ack(answer)
-            if error is not None:
-                raise error
+            ack = Ack.parse(answer)
+            num_chunks = ack.num_chunks
+            if ack.error is not None:
+                raise ack.error
         return num_chunks
 
 
@@ -182,8 +183,8 @@ async def test_only_well_formed_streams(pair: Pair):
     for messages, text in [
         ((b"",), "frame of 0 bytes"),
         ((b"GET / HTTP/1.1" * 9,), "not a frame"),
-        ((b"KV\x02" + begin[3:],), "not a frame"),
-        ((b"KV\x01\x09" + begin[4:],), "not a frame"),
+        ((b"KV\x01" + begin[3:],), "not a frame"),
+        ((b"KV\x02\x09" + begin[4:],), "not a frame"),
         ((chunk,), "CHUNK before BEGIN"),
         ((begin[:-1] + b"x",), "BEGIN frame's checksum"),
         ((other,), "unknown"),

@@ -36,9 +36,12 @@ class Receiving:
 class Sending:
     """A sender of seeded pages."""
 
-    async def push(self, address: str, transfer_id: bytes, block_ids: list[int]) -> tuple:
-        memory = make_memory(NUM_BLOCKS, seed=5, offsets=OFFSETS)
-        store = RayObjectStore()
+    def __init__(self) -> None:
+        self._store = RayObjectStore()
+
+    async def push(self, address: str, transfer_id: bytes, block_ids: list[int], seed: int) -> tuple:
+        memory = make_memory(NUM_BLOCKS, seed, OFFSETS)
+        store = self._store
         sender = kv_transfer.create_sender("ray_store", memory, SOURCE, store, max_chunk_bytes=2 << 20)
         outgoing = sender.open(address, transfer_id)
         for layer in range(len(OFFSETS) - 1):
@@ -46,7 +49,7 @@ class Sending:
             await asyncio.sleep(0.01)
         manifest = await outgoing.finish()
         await sender.close()
-        return manifest.num_chunks, manifest.num_bytes, manifest.digest, sums(memory), store.num_objects
+        return manifest.num_chunks, manifest.num_bytes, manifest.digest, sums(memory), store.num_objects, store.num_idle
 
 
 def sums(memory) -> list[list[int]]:
@@ -55,17 +58,18 @@ def sums(memory) -> list[list[int]]:
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
 def test_actors_hand_over_pages(two_nodes, pool: str):
-    """From a sender on the same node, and from one on the other."""
+    """From a sender on the same node, whose objects are filled again, and from one on the other, whose are not."""
     receiving = ray.remote(Receiving).options(num_cpus=0, label_selector={"pool": "prefill"}).remote()
     sending = ray.remote(Sending).options(num_cpus=0, label_selector={"pool": pool}).remote()
     address = ray.get(receiving.start.remote(), timeout=60)
     source_ids, target_ids = list(range(20)), list(range(NUM_BLOCKS - 1, NUM_BLOCKS - 21, -1))
-    for _ in range(6):  # 10 MB each through stores of 80 MB
+    for seed in range(6):  # 10 MB each through stores of 80 MB
         transfer_id = ray.get(receiving.grant.remote(target_ids), timeout=30)
-        pushed = ray.get(sending.push.remote(address, transfer_id, source_ids), timeout=60)
-        num_chunks, num_bytes, digest, source_sums, num_objects = pushed
+        pushed = ray.get(sending.push.remote(address, transfer_id, source_ids, seed), timeout=60)
+        num_chunks, num_bytes, digest, source_sums, num_objects, num_idle = pushed
         target_sums = ray.get(receiving.commit.remote(transfer_id, num_chunks, num_bytes, digest), timeout=30)
         assert num_bytes == 20 * OFFSETS[-1] and num_chunks >= 6 and num_objects == 0
+        assert 0 < num_idle <= 8 if pool == "prefill" else num_idle == 0
         assert [target_sums[block] for block in target_ids] == [source_sums[block] for block in source_ids]
     ray.kill(receiving)
     ray.kill(sending)
@@ -73,6 +77,6 @@ def test_actors_hand_over_pages(two_nodes, pool: str):
 
 def test_what_is_no_token_is_refused(two_nodes):
     store = RayObjectStore()
-    for token in (b"", b"short", bytes(40), b"\x01\x00" * 3 + b"abcd"):
+    for token in (b"", b"short", bytes(40), b"\x01\x00" * 4 + b"abcde"):
         with pytest.raises(kv_transfer.TransferBroken, match="no object reference"):
-            store.get(token, 1.0)
+            store.get(token, 1, 1.0)

@@ -118,17 +118,17 @@ class DictStore:
         self.num_put = 0
         self.max_objects = 0
 
-    def put(self, arrays: Sequence[np.ndarray]) -> bytes:
+    def put(self, arrays: Sequence[np.ndarray]) -> tuple[bytes, int]:
         self.num_put += 1
         token = b"object-%d" % self.num_put
         self.objects[token] = np.concatenate(arrays)
         self.max_objects = max(self.max_objects, len(self.objects))
-        return token
+        return token, crc32c(arrays)
 
-    def get(self, token: bytes, timeout_s: float) -> list[np.ndarray]:
+    def get(self, token: bytes, num_bytes: int, timeout_s: float) -> tuple[np.ndarray, bool]:
         if token not in self.objects:
             raise kv_transfer.TransferBroken("no such object")
-        return [self.objects[token]]
+        return self.objects[token], False
 
-    def drop(self, token: bytes) -> None:
+    def drop(self, token: bytes, mapped: bool = False) -> None:
         self.objects.pop(token, None)
