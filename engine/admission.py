@@ -27,6 +27,7 @@ class Admission:
         self.queue: list[Sequence | QueuedReservation] = []
         self.held: dict[str, HeldReservation] = {}  # by owner
         self.num_cached_tokens = 0  # of all prompts admitted so far: found in the prefix cache
+        self.num_returned_tokens = 0  # those of them whose KV a decode worker made
         self._generations = count(1)
 
     def enqueue(self, entry: Sequence | QueuedReservation) -> None:
@@ -40,6 +41,19 @@ class Admission:
     def num_reservations(self) -> int:
         """Held and queued."""
         return len(self.held) + sum(isinstance(e, QueuedReservation) for e in self.queue)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether anything in the queue would take blocks now if there were enough."""
+        return any(isinstance(e, QueuedReservation) or e.gate is Gate.OPEN for e in self.queue)
+
+    @property
+    def headroom(self) -> int:
+        """A block for each sequence that grows: what admission must leave, or it would preempt at once."""
+        return sum(not s.is_sink for s in self.running)
+
+    def next_generation(self) -> int:
+        return next(self._generations)
 
     def ask(self, plan: Plan) -> None:
         """Lets the next sink prompts get pages: at most one step's worth, always at least one.
@@ -103,7 +117,7 @@ class Admission:
         request, token_ids = sequence.request, sequence.token_ids
         blocks = None
         if self._has_seats(sequence.forks):
-            blocks = self.blocks.take(request, token_ids, sequence.hashes, len(token_ids), self._headroom)
+            blocks = self.blocks.take(request, token_ids, sequence.hashes, len(token_ids), self.headroom)
         if blocks is None:
             return False
         num_hits, sequence.block_ids, sequence.hashes = blocks
@@ -113,7 +127,9 @@ class Admission:
         if not sequence.was_started:
             sequence.was_started = True
             self.num_cached_tokens += sequence.num_computed
-            plan.events.append(Started(request.id, sequence.num_computed))
+            num_returned = self.blocks.pool.num_returned(sequence.block_ids[:num_hits]) * self.blocks.block_size
+            self.num_returned_tokens += num_returned
+            plan.events.append(Started(request.id, sequence.num_computed, num_returned))
         if sequence.is_sink and sequence.num_reported < num_hits:
             first = sequence.num_reported
             plan.cached.append((request.id, first, sequence.block_ids[first:num_hits]))
@@ -126,19 +142,14 @@ class Admission:
         growth = num_growth_blocks(n, entry.num_tokens, self.blocks.block_size)
         if not self._has_seats(n):
             return None
-        blocks = self.blocks.take(request, request.token_ids, [], entry.num_tokens, growth + self._headroom)
+        blocks = self.blocks.take(request, request.token_ids, [], entry.num_tokens, growth + self.headroom)
         if blocks is None:
             return None
         num_hits, block_ids, hashes = blocks
         extra = self.blocks.pool.allocate(growth)
         assert extra is not None, "the room to grow was counted"
         self.held[entry.owner] = HeldReservation(request, block_ids, num_hits, extra, hashes)
-        return Reservation(entry.owner, tuple(block_ids), num_hits * self.blocks.block_size, next(self._generations))
-
-    @property
-    def _headroom(self) -> int:
-        """A block for each sequence that grows: what admission must leave, or it would preempt at once."""
-        return sum(not s.is_sink for s in self.running)
+        return Reservation(entry.owner, tuple(block_ids), num_hits * self.blocks.block_size, self.next_generation())
 
     def _has_seats(self, n: int) -> bool:
         taken = sum(s.forks for s in self.running)

@@ -18,6 +18,7 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._hash: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
+        self._returned: set[int] = set()  # cached, with KV that a decode worker made
         self._free = list(range(num_blocks - 1, -1, -1))  # never cached, or evicted
         self._unused: OrderedDict[int, None] = OrderedDict()  # cached without references, oldest first
 
@@ -48,12 +49,20 @@ class BlockPool:
         self.retain(block_ids)
         return block_ids
 
-    def commit(self, block_id: int, block_hash: bytes) -> None:
-        """Make a filled block findable. If another block has this hash already, that one stays the cached one."""
+    def commit(self, block_id: int, block_hash: bytes, returned: bool = False) -> None:
+        """Make a filled block findable. If another block has this hash already, that one stays the cached one.
+
+        `returned`: its KV came back from a decode worker; `num_returned` counts such blocks.
+        """
         assert self._refs[block_id] > 0, f"block {block_id} is committed without an owner"
         if block_hash not in self._by_hash and self._hash[block_id] is None:
             self._hash[block_id] = block_hash
             self._by_hash[block_hash] = block_id
+            if returned:
+                self._returned.add(block_id)
+
+    def num_returned(self, block_ids: Iterable[int]) -> int:
+        return sum(block_id in self._returned for block_id in block_ids)
 
     def retain(self, block_ids: Iterable[int]) -> None:
         """One more reference to each block; unused cached ones come back into use."""
@@ -86,6 +95,7 @@ class BlockPool:
         assert block_hash is not None
         del self._by_hash[block_hash]
         self._hash[block_id] = None
+        self._returned.discard(block_id)
         return block_id
 
     def check(self, owned: Counter[int] | None = None) -> None:
@@ -101,4 +111,5 @@ class BlockPool:
                 assert refs == owned[block_id], f"block {block_id}: {refs} references, {owned[block_id]} owners"
         for block_hash, block_id in self._by_hash.items():
             assert self._hash[block_id] == block_hash, f"block {block_id}: the hash table disagrees"
+        assert all(self._hash[block_id] is not None for block_id in self._returned), "a returned block is not cached"
         assert len(self._by_hash) == sum(h is not None for h in self._hash), "a cached block cannot be found"

@@ -168,8 +168,26 @@ class Engine:
         self._do(take, future)
         return future
 
+    def retain(self, owner: str, hashes: Sequence[bytes]) -> "Future[tuple[int, ...]]":
+        """Pins the cached blocks of the longest known prefix of `hashes` (engine/prefix.py), read read until `release`.
+
+        Best effort, never at a request's cost: no blocks while few are free.
+        """
+        return self._ask(lambda: self._scheduler.loans.retain(owner, hashes))
+
+    def reserve_cache(self, owner: str, hashes: Sequence[bytes]) -> "Future[Reservation | None]":
+        """Blocks for all of `hashes`, to be filled behind `num_cached_tokens` and then made cache entries by `insert`.
+
+        Answered at once, as no request may wait for it: None while blocks are short. `release` gives them back.
+        """
+        return self._ask(lambda: self._scheduler.loans.reserve(owner, hashes))
+
+    def insert(self, owner: str) -> "Future[None]":
+        """The blocks of `reserve_cache` hold their KV, verified: the prefix cache has them now. KeyError: released."""
+        return self._ask(lambda: self._scheduler.loans.insert(owner))
+
     def release(self, owner: str) -> None:
-        """Frees a reservation, a queued reservation, or pinned prompt blocks (which stay as cache). Idempotent."""
+        """Frees a reservation, held or queued, a loan, or pinned prompt blocks (which stay as cache). Idempotent."""
 
         def free() -> None:
             self._scheduler.release(owner)
@@ -318,6 +336,17 @@ class Engine:
         if sink is not None:
             self._sinks[request.id] = sink
         self._scheduler.add(request, sink.receiver if sink is not None else None)
+
+    def _ask(self, question: Callable[[], Any]) -> Future:
+        """Asks the scheduler between two steps. Wipes go before the answer: whoever gets blocks may write at once."""
+        future: Future = Future()
+
+        def answer() -> None:
+            self._apply()
+            _resolve(future, question())
+
+        self._do(answer, future)
+        return future
 
     def _apply(self) -> None:
         ops, self._scheduler.blocks.memory_ops = self._scheduler.blocks.memory_ops, []

@@ -96,6 +96,7 @@ class Started:
 
     request_id: str
     num_cached_tokens: int
+    num_returned_tokens: int = 0  # those of them whose KV a decode worker made and returned
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from itertools import count
 
 from engine.admission import Admission
 from engine.allocator import Allocator
+from engine.loans import Loans
 from engine.request import (
     Event,
     Failed,
@@ -63,6 +64,7 @@ class Scheduler:
         self._runs: dict[str, Run] = {}
         self._running: list[Sequence] = []
         self.admission = Admission(self.blocks, self._running, self.max_num_seqs, max_num_batched_tokens)
+        self.loans = Loans(self.admission)
         self._flying: list[Plan] = []
         self._arrivals = count()
         self._steps = self._computed = self._generated = self._preemptions = 0
@@ -114,7 +116,8 @@ class Scheduler:
         assert not lost, "a reservation has room for its forks"
 
     def release(self, owner: str) -> None:
-        """Frees a reservation, held or queued, or the pinned blocks of a sink prompt. Idempotent."""
+        """Frees a reservation, held or queued, the pinned blocks of a sink prompt, or a loan. Idempotent."""
+        self.loans.release(owner)
         self.admission.drop_reservations(lambda name, request: name == owner)
         run = self._runs.get(owner)
         if run is not None and run.pinned is not None:
@@ -185,11 +188,14 @@ class Scheduler:
             num_waiting_tokens=sum(entry.num_tokens for entry in admission.queue),
             total_blocks=self.pool.num_blocks,
             free_blocks=self.pool.num_free,
-            reserved_blocks=sum(len(held.block_ids) + len(held.growth) for held in admission.held.values()),
-            pinned_blocks=sum(len(run.pinned) for run in self._runs.values() if run.pinned is not None),
+            reserved_blocks=sum(len(held.block_ids) + len(held.growth) for held in admission.held.values())
+            + self.loans.num_reserved,
+            pinned_blocks=sum(len(run.pinned) for run in self._runs.values() if run.pinned is not None)
+            + self.loans.num_pinned,
             steps=self._steps,
             prompt_tokens_computed=self._computed,
             prompt_tokens_cached=admission.num_cached_tokens,
+            prompt_tokens_returned=admission.num_returned_tokens,
             tokens_generated=self._generated,
             preemptions=self._preemptions,
         )

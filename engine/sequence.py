@@ -159,5 +159,6 @@ class EngineStats:
     steps: int = 0
     prompt_tokens_computed: int = 0  # recomputation after a preemption included
     prompt_tokens_cached: int = 0
+    prompt_tokens_returned: int = 0  # of those cached: KV that a decode worker made and returned
     tokens_generated: int = 0
     preemptions: int = 0

@@ -46,9 +46,11 @@ class Simulator:
     max_num_batched_tokens: int = 24
     max_model_len: int = 200
     eos: frozenset[int] = frozenset()
+    caching: bool = True
     outputs: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: set[tuple[str, int]] = field(default_factory=set)
     started: dict[str, int] = field(default_factory=dict)
+    returned: dict[str, int] = field(default_factory=dict)  # of the tokens cached at the start: returned ones
     failed: dict[str, str] = field(default_factory=dict)
     wanted: list[str] = field(default_factory=list)
     granted: dict[str, Reservation] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class Simulator:
             self.max_num_batched_tokens,
             self.max_model_len,
             self.eos,
+            self.caching,
         )
         self.slots: list[list[int | None]] = [[None] * self.block_size for _ in range(self.num_blocks)]
 
@@ -156,6 +159,7 @@ class Simulator:
             if isinstance(event, Started):
                 assert event.request_id not in self.started, "started twice"
                 self.started[event.request_id] = event.num_cached_tokens
+                self.returned[event.request_id] = event.num_returned_tokens
             elif isinstance(event, Token):
                 key = (event.request_id, event.sequence_index)
                 assert key not in self.finished, "a token after the last"

@@ -7,7 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.invariants import check
 from engine.limits import Limits
-from engine.request import FirstToken, Request, SamplingParams
+from engine.prefix import block_hashes
+from engine.request import FirstToken, Request, Reservation, SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import RowResult
 from tests.scheduling import Simulator, expected, make_request, next_token
@@ -267,7 +268,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.limits = Limits(10**6, 90, 4, 7, 16)
         self.requests: dict[str, Request] = {}
         self.sinks: set[str] = set()
-        self.asked: set[str] = set()
+        self.num_loans = 0
+        self.read: dict[str, tuple[tuple[int, ...], list[int]]] = {}  # by owner: blocks a transfer reads, their tokens
+        self.filled: dict[str, tuple[Reservation, list[int]]] = {}  # blocks that a transfer fills
         self.gone: set[str] = set()  # aborted or failed by us
 
     def simulator(self) -> Simulator:
@@ -341,6 +344,36 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.gone.add(name)
         getattr(self.sim.scheduler, how)(name)
 
+    @rule(length=st.integers(16, 90), family=st.integers(0, 2), fills=st.booleans())
+    def lend(self, length: int, family: int, fills: bool) -> None:
+        token_ids = [1000 * family + i for i in range(length // 16 * 16)]
+        self.num_loans += 1
+        owner, hashes = f"loan{self.num_loans}", block_hashes(token_ids, 16)
+        self.sim.apply()
+        if not fills and (block_ids := self.sim.scheduler.loans.retain(owner, hashes)):
+            self.read[owner] = block_ids, token_ids
+        elif fills and (reservation := self.sim.scheduler.loans.reserve(owner, hashes)):
+            self.sim.verify(reservation.block_ids, token_ids[: reservation.num_cached_tokens], owner)
+            self.filled[owner] = reservation, token_ids
+
+    @precondition(lambda self: self.filled)
+    @rule(is_whole=st.booleans())
+    def fill(self, is_whole: bool) -> None:
+        owner, (reservation, token_ids) = self.filled.popitem()
+        start = reservation.num_cached_tokens
+        if is_whole:
+            self.sim.fill(reservation.block_ids, token_ids, start)
+            self.sim.scheduler.loans.insert(owner)
+        else:
+            self.sim.fill(reservation.block_ids, [-1] * (start + (len(token_ids) - start) // 2), start)
+            self.sim.scheduler.release(owner)
+
+    @precondition(lambda self: self.read)
+    @rule()
+    def unpin(self) -> None:
+        owner, _ = self.read.popitem()
+        self.sim.scheduler.release(owner)
+
     @rule(repeat=st.integers(1, 6))
     def step(self, repeat: int) -> None:
         for _ in range(repeat):
@@ -365,10 +398,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def consistent(self) -> None:
         check(self.sim.scheduler)
+        for owner, (block_ids, token_ids) in self.read.items():
+            self.sim.verify(block_ids, token_ids[: 16 * len(block_ids)], owner)
 
     def teardown(self) -> None:
         """Whatever happened: once peers let go, everything ends, and every survivor has its one right output."""
         sim = self.sim
+        for owner in (*self.read, *self.filled):
+            sim.scheduler.release(owner)
         for _ in range(3000):
             for name in sim.wanted:
                 sim.scheduler.grant(name, 0)
