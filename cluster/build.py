@@ -20,7 +20,15 @@ def worker(spec: WorkerSpec, host: str, say: Callable[[str], None]) -> Any:
 
         object_store = RayObjectStore()
     engine = EngineConfig(model=str(directory), **spec.engine)
-    return Worker(spec.worker_id, spec.role, engine, spec.transport, host=host, object_store=object_store)  # type: ignore[arg-type]
+    return Worker(
+        spec.worker_id,
+        spec.role,  # type: ignore[arg-type]
+        engine,
+        spec.transport,
+        host=host,
+        object_store=object_store,
+        kv_return=spec.kv_return,
+    )
 
 
 def router(spec: RouterSpec, say: Callable[[str], None]) -> Any:

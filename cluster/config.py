@@ -158,6 +158,9 @@ class DeploymentConfig(Section):
     router: RouterSection = RouterSection()
     transport: Literal["grpc", "ray_store"] = Field(default="grpc", description="how KV moves from prefill to decode")
     enable_prefix_caching: bool = True
+    kv_return: bool = Field(
+        default=False, description="on: after each turn the answer's KV goes back to the prefill worker's prefix cache"
+    )
     drain_timeout_s: float = Field(default=3600, gt=0, description="a drained worker is stopped after so long")
     placement_timeout_s: float = Field(default=60, gt=0, description="`up` waits so long for resources")
     startup_timeout_s: float = Field(

@@ -24,6 +24,7 @@ class WorkerSpec:
     model: str
     transport: str
     builder: str
+    kv_return: bool = False
     engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig's fields but the model's directory
 
     @property
@@ -77,6 +78,7 @@ def worker_spec(
         model=config.model.path,
         transport=config.transport,
         builder=builder,
+        kv_return=config.kv_return,
         engine=engine,
     )
 

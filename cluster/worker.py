@@ -19,12 +19,14 @@ import kv_transfer
 from cluster.worker_service import WorkerServicer
 from decode_worker.decoder import Decoder
 from decode_worker.kv_service import KvTransferServicer, canary_request
+from decode_worker.returns import Returns
 from decode_worker.session import DecodeServicer
 from engine.config import EngineConfig
 from engine.dispatch import Dispatcher
 from engine.engine import Engine
 from kv_transfer.memory import BlockMemory
 from kv_transfer.receiver import Receiver
+from prefill_worker.offers import Offers
 from prefill_worker.peers import Peers
 from prefill_worker.servicer import PrefillServicer
 from protos import kv_transfer_pb2 as kv
@@ -57,7 +59,9 @@ class Worker:
         transport: str = "grpc",
         host: str = "127.0.0.1",
         object_store: "kv_transfer.ObjectStore | None" = None,
+        kv_return: bool = False,
     ):
+        """`kv_return`: what finished runs leave goes back to the prefill worker's prefix cache."""
         self.me = kv.WorkerRef(worker_id=worker_id, incarnation=uuid.uuid4().hex[:16])
         self.role = role
         self.state = worker_pb2.WORKER_STATE_STARTING
@@ -68,6 +72,7 @@ class Worker:
         self._transport = transport
         self._host = host
         self._object_store = object_store
+        self._kv_return = kv_return
 
     async def start(self) -> worker_pb2.Member:
         """Loads the model and serves. Raises what loading raises, with nothing left running."""
@@ -85,9 +90,15 @@ class Worker:
         )
         self._peers = Peers(self.me, layout, self._transport)
         self._prefill = PrefillServicer(engine, dispatcher, self._peers, self._sender, self._transport)
-        self._decoder = Decoder(engine, dispatcher, self._receiver)
-        self._kv = KvTransferServicer(self._decoder, self.me, layout, self._transport, kv_transfer.MAX_CHUNK_BYTES)
-        self._service = WorkerServicer(self, engine, self._prefill, self._decoder, self._receiver, self._transport)
+        self._offers = Offers(engine, self._receiver, self._peers, is_open=self._kv_return)
+        self._returns = Returns(engine, self._peers, self._sender, is_on=self._kv_return)
+        self._decoder = Decoder(engine, dispatcher, self._receiver, self._returns.offer)
+        self._kv = KvTransferServicer(
+            self._decoder, self._offers, self.me, layout, self._transport, kv_transfer.MAX_CHUNK_BYTES
+        )
+        self._service = WorkerServicer(
+            self, engine, self._prefill, self._decoder, self._returns, self._receiver, self._transport
+        )
         dispatcher.after_step(self._service.changed)
 
         self._health = health.aio.HealthServicer()
@@ -127,9 +138,11 @@ class Worker:
         await self._prefill.idle.wait()
         await self._decoder.runs.idle.wait()
         await self._prefill.close()
+        await self._returns.close()
 
     async def begin_drain(self) -> None:
         self._prefill.draining = self._decoder.draining = True
+        self._offers.is_open = False
         await self._set_state(worker_pb2.WORKER_STATE_DRAINING)
 
     async def stop(self) -> None:
@@ -140,6 +153,7 @@ class Worker:
         await self._server.stop(grace=0.2)
         self._unserve()
         await self._prefill.close()
+        await self._returns.close()
         await self._peers.close()
         await self._sender.close()
         await asyncio.to_thread(self.engine.stop)
@@ -224,7 +238,7 @@ class Worker:
         while True:
             await asyncio.sleep(_HEALTH_PERIOD_S)
             try:
-                self._decoder.expire(self._kv.expire_canaries)
+                self._decoder.expire(self._kv.expire)
                 alive = self.engine.heartbeat_age_s() < _STALLED_AFTER_S
                 if self.state in (worker_pb2.WORKER_STATE_READY, worker_pb2.WORKER_STATE_DRAINING) and not alive:
                     await self._set_state(worker_pb2.WORKER_STATE_UNHEALTHY)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from decode_worker.decoder import Decoder
+from decode_worker.returns import Returns
 from engine.engine import Engine
 from kv_transfer.receiver import Receiver
 from prefill_worker.servicer import PrefillServicer
@@ -27,6 +28,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         engine: Engine,
         prefill: PrefillServicer,
         decoder: Decoder,
+        returns: Returns,
         receiver: Receiver,
         transport: str,
     ):
@@ -34,6 +36,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._engine = engine
         self._prefill = prefill
         self._decoder = decoder
+        self._returns = returns
         self._receiver = receiver
         self._transport = transport
         self._watchers: set[asyncio.Event] = set()
@@ -54,7 +57,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             free_blocks=stats.free_blocks,
             reserved_blocks=stats.reserved_blocks,
             pinned_blocks=stats.pinned_blocks,
-            transfers_in_flight=self._prefill.num_handoffs + self._receiver.num_active,
+            transfers_in_flight=self._prefill.num_handoffs + self._returns.num_active + self._receiver.num_active,
             steps=stats.steps,
             prompt_tokens_computed=stats.prompt_tokens_computed,
             prompt_tokens_cached=stats.prompt_tokens_cached,
@@ -63,6 +66,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             kv_bytes_sent=self._prefill.bytes_sent,
             kv_bytes_received=self._receiver.bytes_received,
             num_runs=self._prefill.num_runs + len(self._decoder.runs),
+            kv_returned_bytes=self._returns.num_bytes,
+            kv_returned_blocks=self._returns.num_blocks,
+            kv_returns_refused=self._returns.num_refused,
+            kv_returns_dropped=self._returns.num_dropped,
+            prompt_tokens_returned=stats.prompt_tokens_returned,
         )
 
     async def GetWorker(self, request, context: grpc.aio.ServicerContext) -> worker_pb2.GetWorkerResponse:

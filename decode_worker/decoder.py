@@ -22,11 +22,19 @@ DEADLINE_GRACE_S = 2.0
 class Decoder:
     """The runs of this worker over its engine and its receiver."""
 
-    def __init__(self, engine: Engine, dispatcher: Dispatcher, receiver: Receiver):
+    def __init__(
+        self,
+        engine: Engine,
+        dispatcher: Dispatcher,
+        receiver: Receiver,
+        on_finished: Callable[[Run], None] = lambda run: None,
+    ):
+        """`on_finished` hears of each run that ended by itself, after its end."""
         self.engine = engine
         self.receiver = receiver
         self.runs = RunTable()
         self.draining = False
+        self._on_finished = on_finished
         self._dispatcher = dispatcher
         dispatcher.after_step(self._flush_step)
         self._touched: dict[str, Run] = {}  # runs with entries of the current step
@@ -68,11 +76,15 @@ class Decoder:
             except ValueError as error:
                 self.fail(run, inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, str(error), False)
 
-    async def cancel(self, run_id: str, attempt: int) -> None:
+    async def cancel(self, run_id: str, attempt: int, is_finished: bool = False) -> None:
+        """`is_finished`: the router has seen its end, a stop string, and wants no more of it."""
         await self.runs.refuse(run_id, attempt)
         run = self.runs.find(run_id)
         if run is not None and run.attempt <= attempt:
+            was_decoding = run.state is RunState.ADOPTED
             self.end(run)
+            if is_finished and was_decoding:
+                self._on_finished(run)
 
     # From the prefill worker
 
@@ -86,6 +98,8 @@ class Decoder:
         if run.state is not RunState.GRANTED:
             raise KeyError(run.run_id)
         run.num_open_sequences = sum(not token.finished for token in first_tokens)
+        if len(first_tokens) == 1:
+            run.output.append(first_tokens[0].token_id)
         # Set before the engine is told, so that a racing end() aborts what is being adopted.
         run.state = RunState.ADOPTED
         # Before the engine's first events, so that the router hears Adopted first.
@@ -146,6 +160,8 @@ class Decoder:
             entry = run.entries[index] = run.entry(sequence_index=index, token_offset=token.offset)
         self._touched[run.owner] = run
         entry.token_ids.append(token.token_id)
+        if run.request.sampling.num_sequences == 1:
+            run.output.append(token.token_id)
         if token.logprob is not None:
             entry.logprobs.append(logprob_to_pb(token.logprob))
         if token.finish is not None:
@@ -161,3 +177,4 @@ class Decoder:
                 run.emit(entry)
             if run.num_open_sequences == 0:
                 self.end(run)
+                self._on_finished(run)

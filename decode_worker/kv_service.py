@@ -1,12 +1,13 @@
 """KvTransferService: the receiving side's control plane, for every transport.
 
-Handshake once per peer, then per run: Reserve -> (chunks, by the transport) -> Commit, or Release.
+Handshake once per peer, then per run: Reserve -> (chunks, by the transport) -> Commit, or Release. On the way back,
+from a decode to a prefill worker, Offer takes the place of Reserve.
 """
 
 import asyncio
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import grpc
 
@@ -14,7 +15,8 @@ from decode_worker.decoder import Decoder
 from decode_worker.runs import Run, RunState
 from engine.request import FirstToken, Request, SamplingParams
 from engine.wire import token_hash
-from kv_transfer.base import PROTOCOL_VERSION, Manifest, TransferCorrupt, TransferError
+from kv_transfer.base import PROTOCOL_VERSION
+from kv_transfer.refusal import Refusal, answer, check_target, verify
 from protos import inference_pb2
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
@@ -26,18 +28,28 @@ MAX_COMMIT_ANSWERS = 4096
 CANARY_PRIORITY = 2**31 - 1  # after every request
 
 
-class Refusal(Exception):
-    """Ends a call with a status."""
+class Offers(Protocol):
+    """Who takes KV for this worker's prefix cache (prefill_worker/offers.py). `offer` and `commit` raise Refusal."""
 
-    def __init__(self, code: grpc.StatusCode, message: str):
-        super().__init__(message)
-        self.code = code
-        self.message = message
+    def __contains__(self, transfer_id: bytes) -> bool: ...
+    async def offer(self, request: kv.OfferRequest) -> kv.OfferResponse: ...
+    async def commit(self, request: kv.CommitRequest) -> kv.CommitResponse: ...
+    def release(self, transfer_id: bytes) -> bool: ...
+    def expire(self, owners: set[str]) -> None: ...
 
 
 class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
-    def __init__(self, decoder: Decoder, me: kv.WorkerRef, layout: kv.KvLayout, transport: str, max_chunk_bytes: int):
+    def __init__(
+        self,
+        decoder: Decoder,
+        offers: Offers,
+        me: kv.WorkerRef,
+        layout: kv.KvLayout,
+        transport: str,
+        max_chunk_bytes: int,
+    ):
         self._decoder = decoder
+        self._offers = offers
         self._me = me
         self._layout = layout
         self._transport = transport
@@ -65,7 +77,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         return ours
 
     async def Reserve(self, request, context) -> kv.ReserveResponse:
-        return await _answer(context, lambda: self._reserve(request))
+        return await answer(context, lambda: self._reserve(request))
 
     async def Commit(self, request, context) -> kv.CommitResponse:
         """Shielded: a caller that goes away does not leave the run half adopted."""
@@ -75,7 +87,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             while len(self._commits) > MAX_COMMIT_ANSWERS:
                 self._commits.popitem(last=False)
-        return await _answer(context, lambda: asyncio.shield(task))
+        return await answer(context, lambda: asyncio.shield(task))
 
     async def Heartbeat(self, request, context) -> kv.HeartbeatResponse:
         unknown = self._decoder.receiver.heartbeat(list(request.transfer_ids))
@@ -87,13 +99,18 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         if run is not None and run.state is RunState.GRANTED:
             self._decoder.end(run)
             return kv.ReleaseResponse(found=True)
+        if self._offers.release(request.transfer_id):
+            return kv.ReleaseResponse(found=True)
         owner = self._canaries.pop(request.transfer_id, None)
         if owner is not None:
             self._free_canary(request.transfer_id, owner)
         return kv.ReleaseResponse(found=owner is not None)
 
+    async def Offer(self, request, context) -> kv.OfferResponse:
+        return await answer(context, lambda: self._offers.offer(request))
+
     async def Canary(self, request, context) -> kv.CanaryResponse:
-        return await _answer(context, lambda: self._grant_canary(request))
+        return await answer(context, lambda: self._grant_canary(request))
 
     # Reserve
 
@@ -130,9 +147,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         )
 
     async def _expected(self, request: kv.ReserveRequest) -> Run:
-        if request.target != self._me:
-            text = f"target is {request.target.worker_id} ({request.target.incarnation}), this is {self._me.worker_id}"
-            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"{text} ({self._me.incarnation})")
+        check_target(request.target, self._me)
         run = await self._decoder.runs.wait_for(request.run_id, request.attempt, EXPECT_LAG_S)
         if run is None:
             over = self._decoder.runs.is_over(request.run_id, request.attempt)
@@ -153,16 +168,18 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         owner = self._canaries.pop(request.transfer_id, None)
         if owner is not None:
             try:
-                await self._verify(request)
+                await verify(self._decoder.receiver, request)
             finally:
                 self._free_canary(request.transfer_id, owner)
             return kv.CommitResponse(num_bytes=request.num_bytes)
+        if request.transfer_id in self._offers:
+            return await self._offers.commit(request)
         run = self._decoder.runs.by_transfer(request.transfer_id)
         if run is None:
             raise Refusal(grpc.StatusCode.NOT_FOUND, "no such transfer: it expired, was cancelled or never existed")
         try:
             self._check_claims(run, request)
-            await self._verify(request)
+            await verify(self._decoder.receiver, request)
         except Refusal as refusal:
             corrupt = refusal.code == grpc.StatusCode.DATA_LOSS
             reason = (
@@ -186,15 +203,6 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         if len(request.first_tokens) != run.request.sampling.num_sequences:
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "one first token per sequence is needed")
 
-    async def _verify(self, request: kv.CommitRequest) -> None:
-        manifest = Manifest(num_chunks=request.num_chunks, num_bytes=request.num_bytes, digest=request.digest)
-        try:
-            await self._decoder.receiver.commit(request.transfer_id, manifest)
-        except TransferCorrupt as error:
-            raise Refusal(grpc.StatusCode.DATA_LOSS, str(error)) from error
-        except TransferError as error:
-            raise Refusal(grpc.StatusCode.ABORTED, str(error)) from error
-
     # Canary
 
     async def _grant_canary(self, request: kv.CanaryRequest) -> kv.CanaryResponse:
@@ -214,7 +222,9 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         self._canaries[transfer_id] = owner
         return kv.CanaryResponse(transfer_id=transfer_id, num_blocks=len(blocks))
 
-    def expire_canaries(self, owners: set[str]) -> None:
+    def expire(self, owners: set[str]) -> None:
+        """The tickets of these owners have ended: canaries and offers among them give their pages back."""
+        self._offers.expire(owners)
         for transfer_id, owner in list(self._canaries.items()):
             if owner in owners:
                 del self._canaries[transfer_id]
@@ -235,13 +245,6 @@ def canary_request(owner: str, num_tokens: int) -> Request:
         priority=CANARY_PRIORITY,
         use_prefix_cache=False,
     )
-
-
-async def _answer(context: grpc.aio.ServicerContext, call: Callable[[], Awaitable]):
-    try:
-        return await call()
-    except Refusal as refusal:
-        await context.abort(refusal.code, refusal.message)
 
 
 def _describe(layout: kv.KvLayout) -> str:

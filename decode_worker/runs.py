@@ -41,6 +41,7 @@ class Run:
     state: RunState = RunState.EXPECTED
     transfer_id: bytes = b""
     num_open_sequences: int = 0
+    output: list[int] = field(default_factory=list)  # tokens after request.token_ids, while there is one sequence
     deadline: asyncio.TimerHandle | None = None
     entries: dict[int, worker_pb2.StepEntry] = field(default_factory=dict)  # of the step being gathered, by sequence
 

@@ -80,7 +80,9 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                     case "expect":
                         await self._decoder.expect(command.expect, outbox.put)
                     case "cancel":
-                        await self._decoder.cancel(command.cancel.run_id, command.cancel.attempt)
+                        await self._decoder.cancel(
+                            command.cancel.run_id, command.cancel.attempt, command.cancel.is_finished
+                        )
         except Exception:  # the session ends, and its runs with it: say why
             _log.exception("a command of the session failed")
         finally:

@@ -84,7 +84,7 @@ class Peers:
     def set_members(self, members: Iterable[worker_pb2.Member]) -> None:
         """On the loop. Channels to incarnations that left are closed; their transfers have died or soon will."""
         self._members = {member.worker_id: member for member in members}
-        for key in [key for key in self._connecting if not self._is_member(*key)]:
+        for key in [key for key in self._connecting if not self.is_member(*key)]:
             self._spawn(self._close(self._connecting.pop(key)))
         self._spawn(self._announce())
 
@@ -95,12 +95,17 @@ class Peers:
             raise PeerUnavailable(f"worker {worker_id} is not a member; members: {sorted(self._members)}")
         return kv.WorkerRef(worker_id=worker_id, incarnation=member.incarnation)
 
+    def is_member(self, worker_id: str, incarnation: str) -> bool:
+        """Whether membership knows this incarnation now."""
+        member = self._members.get(worker_id)
+        return member is not None and member.incarnation == incarnation
+
     async def connect(self, ref: kv.WorkerRef) -> Peer:
         """Raises PeerUnavailable or PeerIncompatible."""
         key = (ref.worker_id, ref.incarnation)
         try:
             async with asyncio.timeout(MEMBERSHIP_LAG_S), self._changed:
-                await self._changed.wait_for(lambda: self._is_member(*key))
+                await self._changed.wait_for(lambda: self.is_member(*key))
         except TimeoutError:
             raise PeerUnavailable(f"worker {ref.worker_id} ({ref.incarnation}) is not a member") from None
         task = self._connecting.get(key)
@@ -141,10 +146,6 @@ class Peers:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, PeerUnavailable, PeerIncompatible):
             await (await task).close()
-
-    def _is_member(self, worker_id: str, incarnation: str) -> bool:
-        member = self._members.get(worker_id)
-        return member is not None and member.incarnation == incarnation
 
     def _spawn(self, coroutine) -> None:
         task = asyncio.create_task(coroutine)

@@ -89,9 +89,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         tokens: list[Token] = []
         while len(tokens) < request.sampling.num_sequences:
             match await _next_event(events, handoff):
-                case Started(num_cached_tokens=num_cached):
+                case Started(num_cached_tokens=num_cached, num_returned_tokens=num_returned):
                     started_at = loop.time()
-                    yield worker_pb2.PrefillEvent(started=worker_pb2.PrefillStarted(cached_tokens=num_cached))
+                    started = worker_pb2.PrefillStarted(cached_tokens=num_cached, returned_tokens=num_returned)
+                    yield worker_pb2.PrefillEvent(started=started)
                 case Token() as token:
                     tokens.append(token)
                 case Failed() as lost:

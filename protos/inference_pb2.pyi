@@ -265,7 +265,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue", "prefill", "kv_transfer", "decode_queue", "time_to_first_token", "decode", "kv_transfer_bytes", "kv_transport", "retries", "preemptions", "local_prefill", "prefill_worker", "decode_worker", "decode_cached_tokens")
+    __slots__ = ("queue", "prefill", "kv_transfer", "decode_queue", "time_to_first_token", "decode", "kv_transfer_bytes", "kv_transport", "retries", "preemptions", "local_prefill", "prefill_worker", "decode_worker", "decode_cached_tokens", "returned_tokens")
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     KV_TRANSFER_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +280,7 @@ class Timings(_message.Message):
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue: _duration_pb2.Duration
     prefill: _duration_pb2.Duration
     kv_transfer: _duration_pb2.Duration
@@ -294,7 +295,8 @@ class Timings(_message.Message):
     prefill_worker: str
     decode_worker: str
     decode_cached_tokens: int
-    def __init__(self, queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_transfer: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode_queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_to_first_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_transfer_bytes: _Optional[int] = ..., kv_transport: _Optional[str] = ..., retries: _Optional[int] = ..., preemptions: _Optional[int] = ..., local_prefill: bool = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ...) -> None: ...
+    returned_tokens: int
+    def __init__(self, queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_transfer: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode_queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_to_first_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_transfer_bytes: _Optional[int] = ..., kv_transport: _Optional[str] = ..., retries: _Optional[int] = ..., preemptions: _Optional[int] = ..., local_prefill: bool = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ..., returned_tokens: _Optional[int] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
     __slots__ = ("index", "text", "token_ids", "logprobs", "finish_info")

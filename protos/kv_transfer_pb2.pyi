@@ -160,6 +160,28 @@ class ReleaseResponse(_message.Message):
     found: bool
     def __init__(self, found: bool = ...) -> None: ...
 
+class OfferRequest(_message.Message):
+    __slots__ = ("source", "target", "token_ids", "cache_namespace")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    source: WorkerRef
+    target: WorkerRef
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    cache_namespace: bytes
+    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[bytes] = ...) -> None: ...
+
+class OfferResponse(_message.Message):
+    __slots__ = ("transfer_id", "cached_tokens", "lease_ms")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: bytes
+    cached_tokens: int
+    lease_ms: int
+    def __init__(self, transfer_id: _Optional[bytes] = ..., cached_tokens: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+
 class CanaryRequest(_message.Message):
     __slots__ = ("source", "num_blocks")
     SOURCE_FIELD_NUMBER: _ClassVar[int]

@@ -59,6 +59,11 @@ class KvTransferServiceStub(object):
                 request_serializer=protos_dot_kv__transfer__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=protos_dot_kv__transfer__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.Offer = channel.unary_unary(
+                '/pdserve.v1.KvTransferService/Offer',
+                request_serializer=protos_dot_kv__transfer__pb2.OfferRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__transfer__pb2.OfferResponse.FromString,
+                _registered_method=True)
         self.Canary = channel.unary_unary(
                 '/pdserve.v1.KvTransferService/Canary',
                 request_serializer=protos_dot_kv__transfer__pb2.CanaryRequest.SerializeToString,
@@ -106,6 +111,14 @@ class KvTransferServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Offer(self, request, context):
+        """The way back: a decode worker offers what a finished run left, for the receiver's prefix cache. Answered at once, by
+        RESOURCE_EXHAUSTED where blocks are short. Chunks and Commit (without first tokens) or Release follow.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Canary(self, request, context):
         """Fills and checks a few blocks end to end, as a transfer would: what `pdserve doctor` runs.
         """
@@ -140,6 +153,11 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=protos_dot_kv__transfer__pb2.ReleaseRequest.FromString,
                     response_serializer=protos_dot_kv__transfer__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Offer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Offer,
+                    request_deserializer=protos_dot_kv__transfer__pb2.OfferRequest.FromString,
+                    response_serializer=protos_dot_kv__transfer__pb2.OfferResponse.SerializeToString,
             ),
             'Canary': grpc.unary_unary_rpc_method_handler(
                     servicer.Canary,
@@ -282,6 +300,33 @@ class KvTransferService(object):
             '/pdserve.v1.KvTransferService/Release',
             protos_dot_kv__transfer__pb2.ReleaseRequest.SerializeToString,
             protos_dot_kv__transfer__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Offer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.KvTransferService/Offer',
+            protos_dot_kv__transfer__pb2.OfferRequest.SerializeToString,
+            protos_dot_kv__transfer__pb2.OfferResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -87,7 +87,7 @@ class WatchLoadRequest(_message.Message):
     def __init__(self, interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("state", "num_running", "num_waiting", "num_waiting_tokens", "total_blocks", "free_blocks", "reserved_blocks", "pinned_blocks", "transfers_in_flight", "steps", "prompt_tokens_computed", "prompt_tokens_cached", "tokens_generated", "preemptions", "kv_bytes_sent", "kv_bytes_received", "num_runs")
+    __slots__ = ("state", "num_running", "num_waiting", "num_waiting_tokens", "total_blocks", "free_blocks", "reserved_blocks", "pinned_blocks", "transfers_in_flight", "steps", "prompt_tokens_computed", "prompt_tokens_cached", "tokens_generated", "preemptions", "kv_bytes_sent", "kv_bytes_received", "num_runs", "kv_returned_bytes", "kv_returned_blocks", "kv_returns_refused", "kv_returns_dropped", "prompt_tokens_returned")
     STATE_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,11 @@ class WorkerLoad(_message.Message):
     KV_BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNS_FIELD_NUMBER: _ClassVar[int]
+    KV_RETURNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_RETURNED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KV_RETURNS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    KV_RETURNS_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_RETURNED_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     num_running: int
     num_waiting: int
@@ -122,7 +127,12 @@ class WorkerLoad(_message.Message):
     kv_bytes_sent: int
     kv_bytes_received: int
     num_runs: int
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., transfers_in_flight: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., num_runs: _Optional[int] = ...) -> None: ...
+    kv_returned_bytes: int
+    kv_returned_blocks: int
+    kv_returns_refused: int
+    kv_returns_dropped: int
+    prompt_tokens_returned: int
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., transfers_in_flight: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., num_runs: _Optional[int] = ..., kv_returned_bytes: _Optional[int] = ..., kv_returned_blocks: _Optional[int] = ..., kv_returns_refused: _Optional[int] = ..., kv_returns_dropped: _Optional[int] = ..., prompt_tokens_returned: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()
@@ -183,10 +193,12 @@ class PrefillEvent(_message.Message):
     def __init__(self, started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., transferred: _Optional[_Union[Transferred, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
-    __slots__ = ("cached_tokens",)
+    __slots__ = ("cached_tokens", "returned_tokens")
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     cached_tokens: int
-    def __init__(self, cached_tokens: _Optional[int] = ...) -> None: ...
+    returned_tokens: int
+    def __init__(self, cached_tokens: _Optional[int] = ..., returned_tokens: _Optional[int] = ...) -> None: ...
 
 class FirstTokens(_message.Message):
     __slots__ = ("tokens", "prefill")
@@ -255,12 +267,14 @@ class Expect(_message.Message):
     def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., source: _Optional[_Union[_kv_transfer_pb2.WorkerRef, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("run_id", "attempt")
+    __slots__ = ("run_id", "attempt", "is_finished")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    IS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     attempt: int
-    def __init__(self, run_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+    is_finished: bool
+    def __init__(self, run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., is_finished: bool = ...) -> None: ...
 
 class SessionStep(_message.Message):
     __slots__ = ("step", "entries")

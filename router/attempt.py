@@ -55,6 +55,7 @@ class Attempt:
         self.route = route
         self.failure: AttemptFailed | None = None
         self.cached_tokens: int | None = None
+        self.returned_tokens = 0
         self.started_at: float | None = None
         self.first_tokens_at: float | None = None
         self.prefill_s: float | None = None  # as the prefill worker measured it
@@ -112,7 +113,8 @@ class Attempt:
             self._prefill_task.cancel()
         if self._expected and self.route.decode is not None:
             self._expected = False
-            cancel = wpb.Cancel(run_id=self.run_id, attempt=self.number)
+            is_finished = all(sequence.ended_by_stop_string for sequence in self._listener.sequences)
+            cancel = wpb.Cancel(run_id=self.run_id, attempt=self.number, is_finished=is_finished)
             self.route.decode.command(wpb.SessionCommand(cancel=cancel))
         self._prompt_done()
         self._holds_blocks()
@@ -219,6 +221,7 @@ class Attempt:
         if kind == "started":
             self.started_at = self.last_news_at
             self.cached_tokens = event.started.cached_tokens
+            self.returned_tokens = event.started.returned_tokens
         elif kind == "first_tokens":
             self._on_first_tokens(event.first_tokens)
         elif kind == "transferred":

@@ -52,6 +52,10 @@ class Sequence:
         """No more tokens are expected from workers."""
         return self.worker_finish is not None or self.finish is not None
 
+    @property
+    def ended_by_stop_string(self) -> bool:
+        return self.finish is not None and self.finish.WhichOneof("matched_stop") == "stop_string"
+
     def accept(
         self, offset: int, token_ids: Items[int], logprobs: Items[pb.TokenLogprob], finish: pb.FinishInfo | None
     ) -> None:

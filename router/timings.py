@@ -46,6 +46,7 @@ class Record:
         prefill = route.prefill or route.decode
         timings.preemptions += attempt.num_preemptions
         timings.local_prefill = attempt.is_local
+        timings.returned_tokens = attempt.returned_tokens
         timings.prefill_worker = prefill.worker_id if prefill is not None else ""
         if route.decode is not None and (attempt.adopted_at is not None or attempt.is_local):
             timings.decode_worker = route.decode.worker_id

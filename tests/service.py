@@ -110,6 +110,7 @@ async def service(
     engine: dict | None = None,
     decode_engine: dict | None = None,
     router: dict | None = None,
+    kv_return: bool = False,
 ) -> AsyncIterator[Service]:
     """`engine` are EngineConfig fields of every worker, `decode_engine` more of them for the decode workers."""
     roles: list[Role] = ["prefill"] * prefill + ["decode"] * decode + ["both"] * both  # type: ignore[list-item]
@@ -119,7 +120,9 @@ async def service(
     try:
         for number, role in enumerate(roles):
             own = {**settings, **(decode_engine or {})} if role == "decode" else settings
-            workers.append(Worker(f"{role}-{number}", role, EngineConfig(model=str(model), **own), transport))
+            workers.append(
+                Worker(f"{role}-{number}", role, EngineConfig(model=str(model), **own), transport, kv_return=kv_return)
+            )
             await workers[-1].start()
         members = [worker.member() for worker in workers]
         address = await front.start()
