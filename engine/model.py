@@ -94,6 +94,7 @@ def load(config: EngineConfig, device: torch.device, verify: bool | None = None)
         raise
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise UnsupportedModel(f"{hf_config.model_type}: transformers cannot build it for us: {error}") from error
+    _check_dtypes(hf_config.model_type, module)
     num_parameters = sum(p.numel() for p in module.parameters())
     info = ModelInfo(
         name=config.served_model_name or path.name,
@@ -187,6 +188,15 @@ def _build(config: EngineConfig, path: Path, hf_config: Any, dtype: torch.dtype,
     finally:
         hf_logging.enable_progress_bar()
     return module.to(device).eval()
+
+
+def _check_dtypes(name: str, module: torch.nn.Module) -> None:
+    strange = {str(p.dtype).removeprefix("torch.") for p in module.parameters()} - {"float32", "bfloat16", "float16"}
+    if strange:
+        raise UnsupportedModel(
+            f"{name}: weights of type {', '.join(sorted(strange))} are not supported; use a checkpoint in bfloat16, "
+            "float16 or float32"
+        )
 
 
 def _dtype(name: str, device: torch.device, text: Any) -> torch.dtype:

@@ -12,6 +12,14 @@ import torch
 
 from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.device import (
+    GRAPH_BYTES,
+    asked_blocks,
+    blocks_that_fit,
+    no_room_for,
+    no_room_for_weights,
+    pick_device,
+)
 from engine.kv_cache import KVCache
 from engine.kv_layout import KVLayout
 from engine.model import Model, load
@@ -20,7 +28,7 @@ from engine.sampler import sample
 from engine.sequence import Plan, Row, RowResult
 from engine.shrink import OutOfMemory, compute_in_parts, is_out_of_memory
 from engine.steps import Flight, Steps
-from engine.verify import UnsupportedModel
+from engine.verify import UnsupportedModel, dummy_row
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +60,11 @@ class Runner:
     """Keeps model and cache behind one call, so that they can move to other processes or graphs."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[str], None] = lambda line: None):
-        self.device = _device(config)
+        self.device = pick_device(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         started = time.monotonic()
-        self.model: Model = load(config, self.device)
+        self.model: Model = _load(config, self.device)
         self.load_s = time.monotonic() - started
         self.last_layer_at = started  # the clock of the last sign of life inside a step
         model = self.model
@@ -68,7 +76,7 @@ class Runner:
         if paged and config.fuse:
             progress(str(fuse_model(model, self.device)))
             gc.collect()  # the copies of layers that were compared
-        self.cache = KVCache(self.layout, self._num_blocks(config, paged), self.device)
+        self.cache = self._cache(config, paged)
         self.steps = self._steps(config, self.cache) if paged else None
         if self.steps is not None and self.device.type == "cuda" and config.cuda_graphs:
             began = time.monotonic()
@@ -154,11 +162,57 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def _cache(self, config: EngineConfig, paged: bool) -> KVCache:
+        """The block pool's memory: as many blocks as were asked for, or as fit beside the weights and a step."""
+        block_bytes, name = self.layout.block_bytes, self.model.info.name
+        num_blocks = asked_blocks(config, block_bytes, self.device)
+        if num_blocks is None:
+            torch.cuda.empty_cache()
+            needed = self._warm_up(config, paged)
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(self.device)
+            num_blocks = blocks_that_fit(config, block_bytes, free - needed, total, name)
+        try:
+            return KVCache(self.layout, num_blocks, self.device)
+        except (torch.OutOfMemoryError, OSError, OverflowError):
+            raise no_room_for(config, num_blocks, block_bytes, self.device) from None
+
     def _steps(self, config: EngineConfig, cache: KVCache) -> Steps:
         max_len = min(config.max_model_len or self.model.info.max_model_len, cache.num_blocks * self.layout.block_size)
         max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         width = -(-max_len // self.layout.block_size)
         return Steps(self.model, cache, max(config.max_num_batched_tokens, max_rows), max_rows, max_rows * width)
+
+    @torch.inference_mode()
+    def _warm_up(self, config: EngineConfig, paged: bool) -> int:
+        """Bytes that steps need beside weights and cache: a prompt of the largest size, and a captured full batch."""
+        size = min(config.max_num_batched_tokens, self.model.info.max_model_len - 1)
+        try:
+            num_blocks = -(-size // self.layout.block_size)
+            cache = KVCache(self.layout, num_blocks, self.device)
+            steps = self._steps(config, cache) if paged else None
+            needed = self._peak(cache, steps, [dummy_row(size, num_blocks)])
+            if steps is not None:
+                needed += steps.num_bytes
+                if config.cuda_graphs:
+                    needed += self._peak(cache, steps, [dummy_row(1, 1) for _ in range(steps.max_rows)])
+                    needed += GRAPH_BYTES * len(steps.bucket_shapes())
+            return needed
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"max_num_batched_tokens: a step of {size} tokens finds no memory beside the weights of "
+                f"{self.model.info.name}; lower it"
+            ) from None
+
+    def _peak(self, cache: KVCache, steps: Steps | None, rows: list[Row]) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        if steps is None:
+            self.model.logits(Batch(rows, cache))
+        else:
+            steps.launch(Plan(rows)).wait()
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     @torch.inference_mode()
     def _capture(self, config: EngineConfig, steps: Steps) -> None:
@@ -175,57 +229,12 @@ class Runner:
                 f"{str(error).splitlines()[0]}; set cuda_graphs to false to run without"
             ) from error
 
-    def _num_blocks(self, config: EngineConfig, paged: bool) -> int:
-        block_bytes = self.layout.block_bytes
-        if config.num_blocks is not None:
-            return config.num_blocks
-        if config.kv_cache_gib is not None or self.device.type == "cpu":
-            num_blocks = int((config.kv_cache_gib or 1.0) * 2**30) // block_bytes
-            if num_blocks < 1:
-                raise ValueError(f"kv_cache_gib: {config.kv_cache_gib!r} is less than one block of {block_bytes} bytes")
-            return num_blocks
-        torch.cuda.empty_cache()
-        needed = self._warm_up(config, paged)
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
-        room = free - needed - int(total * (1 - config.gpu_memory_utilization))
-        if room < block_bytes:
-            raise ValueError(
-                f"gpu_memory_utilization: {config.gpu_memory_utilization} leaves {room / 2**30:.2f} GiB for the KV "
-                f"cache of {self.model.info.name}; raise it (at most 1.0) or lower max_num_batched_tokens"
-            )
-        return room // block_bytes
 
-    @torch.inference_mode()
-    def _warm_up(self, config: EngineConfig, paged: bool) -> int:
-        """Bytes that steps need beside weights and cache: a prompt of the largest size, and a captured full batch."""
-        from engine.verify import dummy_row
-
-        size = min(config.max_num_batched_tokens, self.model.info.max_model_len - 1)
-        num_blocks = -(-size // self.layout.block_size)
-        cache = KVCache(self.layout, num_blocks, self.device)
-        steps = self._steps(config, cache) if paged else None
-
-        def peak(rows: list[Row]) -> int:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            if steps is None:
-                self.model.logits(Batch(rows, cache))
-            else:
-                steps.launch(Plan(rows)).wait()
-            return torch.cuda.max_memory_allocated(self.device) - before
-
-        needed = peak([dummy_row(size, num_blocks)])
-        if steps is not None:
-            needed += steps.num_bytes
-            if config.cuda_graphs:
-                needed += peak([dummy_row(1, 1) for _ in range(steps.max_rows)])
-                needed += GRAPH_BYTES * len(steps.bucket_shapes())
-        return needed
-
-
-GRAPH_BYTES = 4 << 20  # what a captured graph of a few hundred kernels takes beside its tensors
+def _load(config: EngineConfig, device: torch.device) -> Model:
+    try:
+        return load(config, device)
+    except torch.OutOfMemoryError:
+        raise no_room_for_weights(config, device) from None
 
 
 @dataclass(slots=True)
@@ -295,20 +304,3 @@ class _Report:
             log.exception("the KV sink of %s failed", self.row.sequence.request.id)
             self.error = error
         self.layer = layer_stop
-
-
-def _device(config: EngineConfig) -> torch.device:
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not name.startswith("cuda"):
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        raise ValueError(f"device: {name!r} is not available: torch sees no CUDA device")
-    device = torch.device(name if name != "cuda" else f"cuda:{torch.cuda.current_device()}")
-    if device.index >= torch.cuda.device_count():
-        raise ValueError(f"device: {name!r} is not in [cuda:0, cuda:{torch.cuda.device_count() - 1}]")
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError(f"device: {torch.cuda.get_device_name(device)} is too old: compute capability 8.0 is needed")
-    torch.cuda.set_device(device)
-    return device
