@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 import kv_transfer
-from kv_transfer.base import BlockMemory, Manifest, ObjectStore, Sender
+from kv_transfer.base import BlockMemory, Endpoint, Manifest, ObjectStore, Sender
 from kv_transfer.receiver import Receiver
 from protos.grpc_options import SERVER_OPTIONS
 
@@ -109,6 +109,9 @@ async def measure(layout: str, rounds: int, ray_address: str) -> dict[str, float
     if store is not None:
         senders["ray_store"] = kv_transfer.create_sender("ray_store", source, SOURCE, store)
 
+    addresses = {"local": "here", **peer.addresses}
+    links = {name: await sender.connect(addresses[name], Endpoint(name)) for name, sender in senders.items()}
+
     async def by_copy() -> float:
         started_s = time.perf_counter()
         from_pages, to_pages = source.slab.numpy(), target.slab.numpy()
@@ -123,12 +126,11 @@ async def measure(layout: str, rounds: int, ray_address: str) -> dict[str, float
 
     async def by_transport(name: str) -> float:
         if name == "local":
-            transfer_id, address = local.grant("owner", SOURCE, target_ids, 0, 60), "here"
+            transfer_id = local.grant("owner", SOURCE, target_ids, 0, 60)
         else:
             transfer_id = bytes.fromhex(await peer.ask("grant", name, target_ids))
-            address = peer.addresses[name]
         started_s = time.perf_counter()
-        outgoing = senders[name].open(address, transfer_id)
+        outgoing = links[name].open(transfer_id)
         outgoing.push(source_ids, 0, 0, source.num_layers)
         manifest = await outgoing.finish()
         if name == "local":

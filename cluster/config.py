@@ -156,7 +156,9 @@ class DeploymentConfig(Section):
     model: ModelConfig = ModelConfig()
     pools: Pools = Pools()
     router: RouterSection = RouterSection()
-    transport: Literal["grpc", "ray_store"] = Field(default="grpc", description="how KV moves from prefill to decode")
+    transport: Literal["auto", "grpc", "ray_store"] = Field(
+        default="auto", description="how KV moves from prefill to decode; auto: the best that each pair of workers has"
+    )
     enable_prefix_caching: bool = True
     kv_return: bool = Field(
         default=False, description="on: after each turn the answer's KV goes back to the prefill worker's prefix cache"

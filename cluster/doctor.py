@@ -30,7 +30,8 @@ def examine(deployment: Deployment, num_blocks: int) -> Iterator[Finding]:
         result = deployment.canary(source, target, num_blocks)
         if result["ok"]:
             speed = result["bytes"] / max(result["seconds"], 1e-9) / 1e9
-            said = f"{result['bytes'] / 2**20:.1f} MiB over {status['transport']}, {speed:.2f} GB/s, verified"
+            said = f"{result['bytes'] / 2**20:.1f} MiB over {result['transport']}, {speed:.2f} GB/s, verified"
+            said += f" (passed over: {result['why']})" if result["why"] else ""
         else:
             said = result["error"]
         yield Finding(f"KV {source} -> {target}", result["ok"], said)

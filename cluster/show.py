@@ -33,7 +33,21 @@ def status_view(status: dict[str, Any]) -> RenderableType:
         for part in [router, *(worker for pool in status["pools"].values() for worker in pool["workers"])]
         if part["detail"] or part["state"] == "lost"
     ]
-    return Group(head, pools, _workers(status), *problems)
+    return Group(head, pools, _workers(status), *_links(status), *problems)
+
+
+def _links(status: dict[str, Any]) -> list[Text]:
+    """How KV gets from each worker to those it has met, and why that way; blocks that a writer still holds."""
+    lines = []
+    for pool in status["pools"].values():
+        for worker in pool["workers"]:
+            if quarantined := worker["report"].get("quarantined_blocks"):
+                lines.append(Text(f"{worker['id']}: {quarantined} blocks wait for a silent writer", "yellow"))
+            for link in worker["report"].get("links", ()):
+                speed = f" {link['gb_per_s']:.1f} GB/s" if link["gb_per_s"] else ""
+                why = f" ({link['why']})" if link["why"] else ""
+                lines.append(Text(f"KV {worker['id']} -> {link['worker_id']}: {link['transport']}{speed}{why}", "dim"))
+    return lines
 
 
 def _workers(status: dict[str, Any]) -> Table:

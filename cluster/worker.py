@@ -13,6 +13,7 @@ import uuid
 from typing import Literal
 
 import grpc
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import kv_transfer
@@ -24,8 +25,12 @@ from decode_worker.session import DecodeServicer
 from engine.config import EngineConfig
 from engine.dispatch import Dispatcher
 from engine.engine import Engine
+from kv_transfer import locality
+from kv_transfer.guards import Guards
 from kv_transfer.memory import BlockMemory
+from kv_transfer.placement import placement_from_pb
 from kv_transfer.receiver import Receiver
+from kv_transfer.writers import Writers
 from prefill_worker.offers import Offers
 from prefill_worker.peers import Peers
 from prefill_worker.servicer import PrefillServicer
@@ -56,7 +61,7 @@ class Worker:
         worker_id: str,
         role: Role,
         engine: EngineConfig,
-        transport: str = "grpc",
+        transport: str = "auto",
         host: str = "127.0.0.1",
         object_store: "kv_transfer.ObjectStore | None" = None,
         kv_return: bool = False,
@@ -84,20 +89,19 @@ class Worker:
         memory = BlockMemory(engine.slab, engine.layout.layer_offsets)
         layout = engine.layout.to_pb()
 
-        self._receiver = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES)
-        self._sender = kv_transfer.create_sender(
-            self._transport, memory, (self.me.worker_id, self.me.incarnation), self._object_store
+        self._receiver = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
+        self._transports = kv_transfer.Transports(
+            self._transport, self._receiver, (self.me.worker_id, self.me.incarnation), self._object_store
         )
-        self._peers = Peers(self.me, layout, self._transport)
-        self._prefill = PrefillServicer(engine, dispatcher, self._peers, self._sender, self._transport)
-        self._offers = Offers(engine, self._receiver, self._peers, is_open=self._kv_return)
-        self._returns = Returns(engine, self._peers, self._sender, is_on=self._kv_return)
+        self._peers = Peers(self.me, layout, self._transports)
+        writers = Writers(self._transports)
+        self._prefill = PrefillServicer(engine, dispatcher, self._peers)
+        self._offers = Offers(engine, self._receiver, self._peers, writers, is_open=self._kv_return)
+        self._returns = Returns(engine, self._peers, is_on=self._kv_return)
         self._decoder = Decoder(engine, dispatcher, self._receiver, self._returns.offer)
-        self._kv = KvTransferServicer(
-            self._decoder, self._offers, self.me, layout, self._transport, kv_transfer.MAX_CHUNK_BYTES
-        )
+        self._kv = KvTransferServicer(self._decoder, self._offers, self.me, layout, self._transports, writers)
         self._service = WorkerServicer(
-            self, engine, self._prefill, self._decoder, self._returns, self._receiver, self._transport
+            self, engine, self._prefill, self._decoder, self._returns, self._receiver, self._transport, self._peers
         )
         dispatcher.after_step(self._service.changed)
 
@@ -110,9 +114,7 @@ class Worker:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
         self.address = f"{self._host}:{port}"
-        self._unserve = kv_transfer.serve(
-            self._transport, self._receiver, self._server, self._object_store, self.address
-        )
+        self._transports.serve(self._server, self.address)
         engine.start()
         await self._server.start()
         await self._set_state(worker_pb2.WORKER_STATE_READY)
@@ -151,17 +153,20 @@ class Worker:
         self._housekeeping.cancel()
         await self._set_state(worker_pb2.WORKER_STATE_STOPPED)
         await self._server.stop(grace=0.2)
-        self._unserve()
         await self._prefill.close()
         await self._returns.close()
         await self._peers.close()
-        await self._sender.close()
+        await self._transports.close()
         await asyncio.to_thread(self.engine.stop)
 
     def status(self) -> dict:
         """What `pdserve status` shows of this worker, for JSON."""
         load = self._service.load() if self.engine is not None and self.address else worker_pb2.WorkerLoad()
         fields = {field.name: getattr(load, field.name) for field in worker_pb2.WorkerLoad.DESCRIPTOR.fields}
+        fields["links"] = [
+            {field.name: getattr(link, field.name) for field in worker_pb2.LinkLoad.DESCRIPTOR.fields}
+            for link in load.links
+        ]
         fields["state"] = worker_pb2.WorkerState.Name(self.state).removeprefix("WORKER_STATE_").lower()
         return {
             "worker_id": self.me.worker_id,
@@ -181,7 +186,10 @@ class Worker:
         self._receiver.check()
 
     async def canary(self, target_worker_id: str, num_blocks: int) -> dict:
-        """Sends test bytes the way a prompt's KV goes and has the receiver verify them: {bytes, seconds, ok, error}."""
+        """Sends test bytes the way a prompt's KV goes and has the receiver verify them.
+
+        {bytes, seconds, ok, error}, and {transport, why} if ok.
+        """
         assert self.engine is not None
         owner = f"canary:{uuid.uuid4().hex}"
         block_size = self.engine.layout.block_size
@@ -190,8 +198,7 @@ class Worker:
         try:
             reserving = asyncio.wrap_future(self.engine.reserve(owner, probe, len(probe.token_ids)))
             reservation = await asyncio.wait_for(reserving, _CANARY_S)
-            num_bytes, seconds = await self._send_canary(target_worker_id, reservation.block_ids[:num_blocks])
-            return {"bytes": num_bytes, "seconds": seconds, "ok": True, "error": ""}
+            return await self._send_canary(target_worker_id, reservation.block_ids[:num_blocks])
         except grpc.aio.AioRpcError as error:
             return {"bytes": 0, "seconds": 0.0, "ok": False, "error": f"{error.code().name}: {error.details()}"}
         except Exception as error:  # the doctor reports whatever is wrong with this path
@@ -199,30 +206,39 @@ class Worker:
         finally:
             self.engine.release(owner)
 
-    async def _send_canary(self, target_worker_id: str, block_ids: tuple[int, ...]) -> tuple[int, float]:
+    async def _send_canary(self, target_worker_id: str, block_ids: tuple[int, ...]) -> dict:
         assert self.engine is not None
         slab = self.engine.slab
         seed = hashlib.sha256(self.me.SerializeToString()).digest()
         for position, block in enumerate(block_ids):
             slab[block].fill_(seed[position % len(seed)])
+        after = torch.cuda.Event() if slab.is_cuda else None
+        if after is not None:
+            after.record()
         peer = await self._peers.connect(self._peers.find(target_worker_id))
-        granted = await peer.stub.Canary(kv.CanaryRequest(source=self.me, num_blocks=len(block_ids)), timeout=_CANARY_S)
+        request = kv.CanaryRequest(source=self.me, num_blocks=len(block_ids), transport=peer.link.transport)
+        granted = await peer.stub.Canary(request, timeout=_CANARY_S)
         started = time.perf_counter()
-        outgoing = self._sender.open(peer.address, granted.transfer_id)
+        outgoing = peer.link.open(granted.transfer_id, placement=placement_from_pb(granted))
         try:
-            outgoing.push(block_ids, 0, 0, len(self.engine.layout.layer_offsets) - 1)
+            outgoing.push(block_ids, 0, 0, self.engine.layout.num_layers, after)
             manifest = await outgoing.finish()
-            request = kv.CommitRequest(
+            commit = kv.CommitRequest(
                 transfer_id=granted.transfer_id,
                 num_chunks=manifest.num_chunks,
                 num_bytes=manifest.num_bytes,
                 digest=manifest.digest,
             )
-            await peer.stub.Commit(request, timeout=30.0)
+            await peer.stub.Commit(commit, timeout=30.0)
         finally:
             outgoing.abort("canary over")
             await outgoing.wait_closed()
-        return manifest.num_bytes, time.perf_counter() - started
+            release = kv.ReleaseRequest(transfer_id=granted.transfer_id, reason="canary over", fenced=True)
+            await peer.stub.Release(release, timeout=_CANARY_S)
+        seconds = time.perf_counter() - started
+        peer.gb_per_s = manifest.num_bytes / seconds / 1e9
+        sent = {"bytes": manifest.num_bytes, "seconds": seconds, "transport": peer.link.transport, "why": peer.why}
+        return {"ok": True, "error": "", **sent}
 
     async def _set_state(self, state: worker_pb2.WorkerState) -> None:
         self.state = state
@@ -239,6 +255,7 @@ class Worker:
             await asyncio.sleep(_HEALTH_PERIOD_S)
             try:
                 self._decoder.expire(self._kv.expire)
+                self._decoder.fence_gone(lambda source, process: locality.is_gone(process))
                 alive = self.engine.heartbeat_age_s() < _STALLED_AFTER_S
                 if self.state in (worker_pb2.WORKER_STATE_READY, worker_pb2.WORKER_STATE_DRAINING) and not alive:
                     await self._set_state(worker_pb2.WORKER_STATE_UNHEALTHY)

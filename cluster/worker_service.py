@@ -11,6 +11,7 @@ from decode_worker.decoder import Decoder
 from decode_worker.returns import Returns
 from engine.engine import Engine
 from kv_transfer.receiver import Receiver
+from prefill_worker.peers import Peers
 from prefill_worker.servicer import PrefillServicer
 from protos import inference_pb2, worker_pb2, worker_pb2_grpc
 
@@ -31,6 +32,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         returns: Returns,
         receiver: Receiver,
         transport: str,
+        peers: Peers,
     ):
         self._worker = worker
         self._engine = engine
@@ -39,6 +41,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._returns = returns
         self._receiver = receiver
         self._transport = transport
+        self._peers = peers
         self._watchers: set[asyncio.Event] = set()
 
     def changed(self) -> None:
@@ -71,6 +74,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             kv_returns_refused=self._returns.num_refused,
             kv_returns_dropped=self._returns.num_dropped,
             prompt_tokens_returned=stats.prompt_tokens_returned,
+            quarantined_blocks=stats.quarantined_blocks,
+            links=[
+                worker_pb2.LinkLoad(
+                    worker_id=peer.ref.worker_id, transport=peer.link.transport, why=peer.why, gb_per_s=peer.gb_per_s
+                )
+                for peer in self._peers.met()
+            ],
         )
 
     async def GetWorker(self, request, context: grpc.aio.ServicerContext) -> worker_pb2.GetWorkerResponse:

@@ -16,7 +16,10 @@ from decode_worker.runs import Run, RunState
 from engine.request import FirstToken, Request, SamplingParams
 from engine.wire import token_hash
 from kv_transfer.base import PROTOCOL_VERSION
+from kv_transfer.create import MAX_CHUNK_BYTES, Transports
+from kv_transfer.placement import placement_to_pb
 from kv_transfer.refusal import Refusal, answer, check_target, verify
+from kv_transfer.writers import Writers
 from protos import inference_pb2
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
@@ -45,15 +48,15 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         offers: Offers,
         me: kv.WorkerRef,
         layout: kv.KvLayout,
-        transport: str,
-        max_chunk_bytes: int,
+        transports: Transports,
+        writers: Writers,
     ):
         self._decoder = decoder
         self._offers = offers
         self._me = me
         self._layout = layout
-        self._transport = transport
-        self._max_chunk_bytes = max_chunk_bytes
+        self._transports = transports
+        self._writers = writers
         self._commits: OrderedDict[bytes, asyncio.Task[kv.CommitResponse]] = OrderedDict()
         self._canaries: dict[bytes, str] = {}  # ticket -> engine owner
 
@@ -62,18 +65,25 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             target=self._me,
             protocol_version=PROTOCOL_VERSION,
             layout=self._layout,
-            transport=self._transport,
-            max_chunk_bytes=self._max_chunk_bytes,
+            endpoints=[
+                kv.Endpoint(transport=one.transport, locality=one.locality, data=one.data)
+                for one in self._transports.endpoints
+            ],
+            max_chunk_bytes=MAX_CHUNK_BYTES,
         )
-        for name in ("protocol_version", "transport"):
-            if getattr(request, name) != getattr(ours, name):
-                text = f"{name}: {request.source.worker_id} has {getattr(request, name)!r}, "
-                text += f"{self._me.worker_id} has {getattr(ours, name)!r}"
-                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        if request.protocol_version != PROTOCOL_VERSION:
+            text = f"protocol_version: {request.source.worker_id} has {request.protocol_version}, "
+            text += f"{self._me.worker_id} has {PROTOCOL_VERSION}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        if not set(request.transports) & set(self._transports.speaks):
+            text = f"transport: {request.source.worker_id} has {', '.join(request.transports)}, "
+            text += f"{self._me.worker_id} has {', '.join(self._transports.speaks)}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
         if request.layout.fingerprint != self._layout.fingerprint:
             text = f"KV layouts differ: {request.source.worker_id} has {_describe(request.layout)}; "
             text += f"{self._me.worker_id} has {_describe(self._layout)}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        self._writers.met(request)
         return ours
 
     async def Reserve(self, request, context) -> kv.ReserveResponse:
@@ -96,15 +106,18 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
     async def Release(self, request, context) -> kv.ReleaseResponse:
         """The prefill worker gives up. It has told the router why, or will be missed there; the run leaves silently."""
         run = self._decoder.runs.by_transfer(request.transfer_id)
+        owner = self._canaries.pop(request.transfer_id, None)
+        found = owner is not None
         if run is not None and run.state is RunState.GRANTED:
             self._decoder.end(run)
-            return kv.ReleaseResponse(found=True)
-        if self._offers.release(request.transfer_id):
-            return kv.ReleaseResponse(found=True)
-        owner = self._canaries.pop(request.transfer_id, None)
-        if owner is not None:
+            found = True
+        elif self._offers.release(request.transfer_id):
+            found = True
+        elif owner is not None:
             self._free_canary(request.transfer_id, owner)
-        return kv.ReleaseResponse(found=owner is not None)
+        if request.fenced:
+            self._decoder.fence(request.transfer_id)
+        return kv.ReleaseResponse(found=found)
 
     async def Offer(self, request, context) -> kv.OfferResponse:
         return await answer(context, lambda: self._offers.offer(request))
@@ -115,6 +128,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
     # Reserve
 
     async def _reserve(self, request: kv.ReserveRequest) -> kv.ReserveResponse:
+        writer = self._writers.find(request)
         run = await self._expected(request)
         try:
             reservation = await self._decoder.reserve(run, request.num_tokens)
@@ -137,6 +151,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             block_ids=reservation.block_ids[:num_blocks],
             first_block=reservation.num_cached_tokens // block_size,
             lease_s=LEASE_S,
+            writer=writer,
         )
         self._decoder.runs.granted(run, transfer_id)
         return kv.ReserveResponse(
@@ -144,6 +159,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             cached_tokens=reservation.num_cached_tokens,
             num_blocks=num_blocks,
             lease_ms=int(LEASE_S * 1000),
+            placement=placement_to_pb(self._decoder.receiver.placement(transfer_id)),
         )
 
     async def _expected(self, request: kv.ReserveRequest) -> Run:
@@ -206,7 +222,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
     # Canary
 
     async def _grant_canary(self, request: kv.CanaryRequest) -> kv.CanaryResponse:
-        engine = self._decoder.engine
+        engine, writer = self._decoder.engine, self._writers.find(request)
         owner = f"canary:{uuid.uuid4().hex}"
         probe = canary_request(owner, request.num_blocks * engine.layout.block_size - 1)
         try:
@@ -218,9 +234,10 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             raise
         source = (request.source.worker_id, request.source.incarnation)
         blocks = reservation.block_ids[: request.num_blocks]
-        transfer_id = self._decoder.receiver.grant(owner, source, blocks, 0, LEASE_S)
+        transfer_id = self._decoder.receiver.grant(owner, source, blocks, 0, LEASE_S, writer)
         self._canaries[transfer_id] = owner
-        return kv.CanaryResponse(transfer_id=transfer_id, num_blocks=len(blocks))
+        placement = placement_to_pb(self._decoder.receiver.placement(transfer_id))
+        return kv.CanaryResponse(transfer_id=transfer_id, num_blocks=len(blocks), placement=placement)
 
     def expire(self, owners: set[str]) -> None:
         """The tickets of these owners have ended: canaries and offers among them give their pages back."""
@@ -232,7 +249,10 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
 
     def _free_canary(self, transfer_id: bytes, owner: str) -> None:
         self._decoder.receiver.release(transfer_id)
-        self._decoder.engine.release(owner)
+        if self._decoder.receiver.is_quarantined(transfer_id):
+            self._decoder.engine.quarantine(owner)
+        else:
+            self._decoder.engine.release(owner)
 
 
 def canary_request(owner: str, num_tokens: int) -> Request:

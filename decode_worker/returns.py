@@ -24,7 +24,8 @@ from decode_worker.runs import Run
 from engine.engine import Engine
 from engine.prefix import block_hashes
 from engine.wire import token_hash
-from kv_transfer.base import Sender, TransferError
+from kv_transfer.base import TransferError
+from kv_transfer.placement import placement_from_pb
 from prefill_worker.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
 from protos import kv_transfer_pb2 as kv
 
@@ -49,7 +50,7 @@ class Turn:
 class Returns:
     """On one event loop. Counters are cumulative."""
 
-    def __init__(self, engine: Engine, peers: Peers, sender: Sender, is_on: bool):
+    def __init__(self, engine: Engine, peers: Peers, is_on: bool):
         self.num_bytes = 0
         self.num_blocks = 0
         self.num_refused = 0  # by the prefill worker, as its blocks were short
@@ -57,7 +58,6 @@ class Returns:
         self._is_on = is_on
         self._engine = engine
         self._peers = peers
-        self._sender = sender
         self._waiting: deque[Turn] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -139,6 +139,7 @@ class Returns:
                     target=turn.source,
                     token_ids=token_ids,
                     cache_namespace=turn.namespace,
+                    transport=peer.link.transport,
                 ),
                 timeout=OFFER_TIMEOUT_S,
             )
@@ -155,7 +156,7 @@ class Returns:
         self, peer: Peer, granted: kv.OfferResponse, block_ids: tuple[int, ...], token_ids: list[int]
     ) -> None:
         transfer_id, first_block = granted.transfer_id, granted.cached_tokens // self._engine.layout.block_size
-        outgoing = self._sender.open(peer.address, transfer_id)
+        outgoing = peer.link.open(transfer_id, placement=placement_from_pb(granted))
         is_committed = False
         try:
             lease_s = granted.lease_ms / 1000
@@ -180,5 +181,5 @@ class Returns:
             await outgoing.wait_closed()
             if not is_committed:
                 with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
-                    release = kv.ReleaseRequest(transfer_id=transfer_id, reason="given up by the decode worker")
+                    release = kv.ReleaseRequest(transfer_id=transfer_id, reason="given up", fenced=True)
                     await peer.stub.Release(release, timeout=RELEASE_TIMEOUT_S)

@@ -26,6 +26,7 @@ class Admission:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.queue: list[Sequence | QueuedReservation] = []
         self.held: dict[str, HeldReservation] = {}  # by owner
+        self.quarantined: dict[str, list[int]] = {}  # by owner: blocks of reservations given up, which a peer may write
         self.num_cached_tokens = 0  # of all prompts admitted so far: found in the prefix cache
         self.num_returned_tokens = 0  # those of them whose KV a decode worker made
         self._generations = count(1)
@@ -100,6 +101,16 @@ class Admission:
         for entry in admitted:
             self.queue.remove(entry)
         return chosen
+
+    def quarantine(self, owner: str) -> None:
+        """Gives up a held reservation, but keeps the blocks that a peer was to fill until `unquarantine`."""
+        held = self.held.pop(owner, None)
+        if held is not None:
+            self.blocks.release([*held.block_ids[: held.num_cached], *held.growth], wipe=True)
+            self.quarantined[owner] = held.block_ids[held.num_cached :]
+
+    def unquarantine(self, owner: str) -> None:
+        self.blocks.release(self.quarantined.pop(owner, []), wipe=True)
 
     def drop_reservations(self, chosen: Callable[[str, Request], bool]) -> list[str]:
         """Frees those, held or queued, whose owner and request are `chosen`. Returns their owners."""

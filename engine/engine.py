@@ -186,8 +186,13 @@ class Engine:
         """The blocks of `reserve_cache` hold their KV, verified: the prefix cache has them now. KeyError: released."""
         return self._ask(lambda: self._scheduler.loans.insert(owner))
 
+    def quarantine(self, owner: str) -> None:
+        """Keeps the pages of a reservation or loan, into which a peer may still write, from everybody until `release`;
+        the rest of it, its seat included, is freed. Idempotent, without effect on what is no granted reservation."""
+        self._do(lambda: self._scheduler.quarantine(owner))
+
     def release(self, owner: str) -> None:
-        """Frees a reservation, held or queued, a loan, or pinned prompt blocks (which stay as cache). Idempotent."""
+        """Frees a reservation (queued, held, quarantined), a loan, or pinned prompt blocks, which stay as cache."""
 
         def free() -> None:
             self._scheduler.release(owner)
@@ -318,7 +323,8 @@ class Engine:
             self._call_sink(request_id, lambda sink: sink.wanted())
         for request_id, start, block_ids in plan.cached:
             layers = self.layout.num_layers
-            self._call_sink(request_id, partial(_report_cached, tuple(block_ids), start, layers))
+            report = partial(_report_cached, tuple(block_ids), start, layers, self._runner.event())
+            self._call_sink(request_id, report)
 
     def _call_sink(self, request_id: str, call: Callable[[Any], None]) -> None:
         try:
@@ -393,8 +399,8 @@ def _fit(config: EngineConfig, info: ModelInfo, num_tokens: int) -> ModelInfo:
     return replace(info, max_model_len=num_tokens)
 
 
-def _report_cached(block_ids: tuple[int, ...], start: int, num_layers: int, sink: KVSink) -> None:
-    sink.ready(block_ids, start, 0, num_layers)
+def _report_cached(block_ids: tuple[int, ...], start: int, num_layers: int, after: Any, sink: KVSink) -> None:
+    sink.ready(block_ids, start, 0, num_layers, after)
 
 
 def _resolve(future: Future, value: object) -> bool:

@@ -31,6 +31,8 @@ def check(scheduler: Scheduler) -> None:
         owned.update(held.block_ids)
         owned.update(held.growth)
     owned.update(scheduler.loans.block_ids())
+    for block_ids in scheduler.admission.quarantined.values():
+        owned.update(block_ids)
     live = sum(len(run.live) for run in scheduler._runs.values())
     assert live == len(scheduler._running) + sum(isinstance(e, Sequence) for e in scheduler.admission.queue), (
         "a sequence has no run"

@@ -69,6 +69,13 @@ class Loans:
         if loan is not None:
             self._admission.blocks.release(loan.block_ids, wipe=True)
 
+    def quarantine(self, owner: str) -> None:
+        """Gives a loan up, but keeps the blocks that a peer was to fill, in the admission's quarantine. Idempotent."""
+        loan = self._loans.pop(owner, None)
+        if loan is not None:
+            self._admission.blocks.release(loan.block_ids[: loan.num_cached], wipe=True)
+            self._admission.quarantined[owner] = loan.block_ids[loan.num_cached :]
+
     @property
     def num_pinned(self) -> int:
         """Blocks that are cached."""

@@ -3,7 +3,6 @@
 import gc
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,8 +44,11 @@ class KVSink(Protocol):
     def wanted(self) -> None:
         """The prompt would be computed next: get pages at the receiver, then `Engine.grant`."""
 
-    def ready(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
-        """Logical blocks block_start.. (pool ids `block_ids`) hold the final KV of layers [layer_start, layer_stop)."""
+    def ready(
+        self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int, after: Any = None
+    ) -> None:
+        """Logical blocks block_start.. (pool ids `block_ids`) hold the final KV of layers [layer_start, layer_stop),
+        once the torch.cuda.Event `after` has passed; None: now."""
 
 
 class Handle(Protocol):
@@ -117,19 +119,16 @@ class Runner:
 
     def _start(self, steps: Steps, plan: Plan, reports: "list[_Report]") -> Handle:
         """The device path: returns when the step is launched."""
-        pending: deque[tuple[Any, _Report, int]] = deque()
 
         def on_layer(layer: int) -> None:
             self.last_layer_at = time.monotonic()
             due = [r for r in reports if (layer + 1) % r.stride == 0 or layer + 1 == self.layout.num_layers]
             if due:
-                event = _event(self.device)
-                pending.extend((event, report, layer + 1) for report in due)
-            while pending and pending[0][0].query():
-                _, report, stop = pending.popleft()
-                report.send(stop)
+                after = self.event()
+                for report in due:
+                    report.send(layer + 1, after)
 
-        return _InFlight(self, plan, steps.launch(plan, on_layer), reports, pending)
+        return _InFlight(plan, steps.launch(plan, on_layer), reports)
 
     def _execute(self, plan: Plan, reports: "list[_Report]") -> Handle:
         """The reference: one step from end to end."""
@@ -156,6 +155,14 @@ class Runner:
                     self.cache.copy_block(source, target)
         if any(source is None for source, _ in memory_ops):
             self._settle()  # a peer may be the next to write there, and does not wait for our stream
+
+    def event(self) -> Any:
+        """Passes when everything launched so far has been done; None on a CPU, where it has."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        return event
 
     def _settle(self) -> None:
         """A sink reads the slab from the host's side, so what was launched must have been written."""
@@ -246,15 +253,10 @@ class _Done:
 
 
 class _InFlight:
-    def __init__(self, runner: Runner, plan: Plan, flight: Flight, reports: "list[_Report]", pending: deque):
-        self._runner, self._plan, self._flight, self._reports, self._pending = runner, plan, flight, reports, pending
+    def __init__(self, plan: Plan, flight: Flight, reports: "list[_Report]"):
+        self._plan, self._flight, self._reports = plan, flight, reports
 
     def result(self) -> list[RowResult]:
-        while self._pending:
-            event, report, stop = self._pending.popleft()
-            event.synchronize()
-            self._runner.last_layer_at = time.monotonic()
-            report.send(stop)
         return _in_order(self._plan, self._flight.results(), self._reports)
 
 
@@ -263,24 +265,6 @@ def _in_order(plan: Plan, results: dict[int, RowResult], reports: "list[_Report]
         if report.error is not None:
             results[id(report.row)] = RowResult(error=("INTERNAL", f"KV sink failed: {report.error}"))
     return [results[id(row)] for row in plan.rows]
-
-
-def _event(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return _Passed()
-    event = torch.cuda.Event(blocking=True)
-    event.record()
-    return event
-
-
-class _Passed:
-    """The event of a device that has always finished."""
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        pass
 
 
 class _Report:
@@ -296,10 +280,10 @@ class _Report:
         self.stride = min(layout.num_layers, -(-REPORT_BYTES // per_layer))
         self.layer = 0
 
-    def send(self, layer_stop: int) -> None:
+    def send(self, layer_stop: int, after: Any = None) -> None:
         try:
             if self.error is None:
-                self.sink.ready(self.block_ids, self.start, self.layer, layer_stop)
+                self.sink.ready(self.block_ids, self.start, self.layer, layer_stop, after)
         except Exception as error:
             log.exception("the KV sink of %s failed", self.row.sequence.request.id)
             self.error = error

@@ -115,9 +115,15 @@ class Scheduler:
         lost = self._branch(sequence, [(t.token_id, t.finished) for t in first_tokens])
         assert not lost, "a reservation has room for its forks"
 
+    def quarantine(self, owner: str) -> None:
+        """Gives up a held reservation or a loan, but keeps the blocks that a peer was to fill until `release`."""
+        self.admission.quarantine(owner)
+        self.loans.quarantine(owner)
+
     def release(self, owner: str) -> None:
-        """Frees a reservation, held or queued, the pinned blocks of a sink prompt, or a loan. Idempotent."""
+        """Frees a reservation (queued, held, quarantined), the pinned blocks of a sink prompt, or a loan."""
         self.loans.release(owner)
+        self.admission.unquarantine(owner)
         self.admission.drop_reservations(lambda name, request: name == owner)
         run = self._runs.get(owner)
         if run is not None and run.pinned is not None:
@@ -190,6 +196,7 @@ class Scheduler:
             free_blocks=self.pool.num_free,
             reserved_blocks=sum(len(held.block_ids) + len(held.growth) for held in admission.held.values())
             + self.loans.num_reserved,
+            quarantined_blocks=sum(map(len, admission.quarantined.values())),
             pinned_blocks=sum(len(run.pinned) for run in self._runs.values() if run.pinned is not None)
             + self.loans.num_pinned,
             steps=self._steps,

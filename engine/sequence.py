@@ -156,6 +156,7 @@ class EngineStats:
     free_blocks: int = 0  # unused or evictable
     reserved_blocks: int = 0
     pinned_blocks: int = 0
+    quarantined_blocks: int = 0  # of reservations given up while someone may still write to them
     steps: int = 0
     prompt_tokens_computed: int = 0  # recomputation after a preemption included
     prompt_tokens_cached: int = 0

@@ -1,7 +1,7 @@
 """KV blocks from one worker's pool to another's, verified. Takes memory and block ids, knows no requests."""
 
 from kv_transfer.base import ObjectStore, TransferBroken, TransferCorrupt, TransferError, TransferRefused
-from kv_transfer.create import MAX_CHUNK_BYTES, TRANSPORTS, create_sender, serve
+from kv_transfer.create import MAX_CHUNK_BYTES, TRANSPORTS, Transports, create_sender, serve
 
 __all__ = [
     "MAX_CHUNK_BYTES",
@@ -11,6 +11,7 @@ __all__ = [
     "TransferCorrupt",
     "TransferError",
     "TransferRefused",
+    "Transports",
     "create_sender",
     "serve",
 ]

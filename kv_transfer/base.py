@@ -23,7 +23,7 @@ import numpy as np
 
 from kv_transfer.memory import BlockMemory as BlockMemory
 
-PROTOCOL_VERSION = 1  # of the hand-off: workers that differ refuse each other at the handshake
+PROTOCOL_VERSION = 2  # of the hand-off: workers that differ refuse each other at the handshake
 
 
 class TransferError(Exception):
@@ -52,10 +52,10 @@ class ChunkHeader:
     block_start: int
     block_count: int
     num_bytes: int  # of the chunk's bytes, wherever they travel
-    crc32c: int  # of the same bytes
+    checksum: int  # of the same bytes: their CRC-32C, or for a PLACED chunk the memory's own digest
 
-    # Little-endian, in order; the layers u16, the others u32.
-    STRUCT = struct.Struct("<IHHIIII")
+    # Little-endian, in order; the layers u16, the checksum u64, the others u32.
+    STRUCT = struct.Struct("<IHHIIIQ")
 
     def pack(self) -> bytes:
         return self.STRUCT.pack(
@@ -65,7 +65,7 @@ class ChunkHeader:
             self.block_start,
             self.block_count,
             self.num_bytes,
-            self.crc32c,
+            self.checksum,
         )
 
     @classmethod
@@ -102,6 +102,14 @@ class ManifestBuilder:
         return Manifest(self.num_chunks, self.num_bytes, self._sha256.digest())
 
 
+class ReadyEvent(Protocol):
+    """A torch.cuda.Event, recorded behind the kernels that write the pages."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
 class Outgoing(Protocol):
     """One transfer at the sender. `push` and `abort` may be called on any thread and never block."""
 
@@ -109,11 +117,18 @@ class Outgoing(Protocol):
     def num_bytes(self) -> int:
         """Bytes that have left so far, whatever became of them."""
 
-    def push(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
+    def push(
+        self,
+        block_ids: Sequence[int],
+        block_start: int,
+        layer_start: int,
+        layer_stop: int,
+        after: ReadyEvent | None = None,
+    ) -> None:
         """Queues local pages `block_ids`, the logical blocks from `block_start`, layers [layer_start, layer_stop).
 
-        They must be final, and stay so until `finish` returns or `wait_closed` does: they are read later.
-        Order is kept. A transfer that has failed ignores it; `finish` tells why.
+        They are final once `after` has passed (None: now), and must stay so until `finish` returns or `wait_closed`
+        does: they are read later. Order is kept. A transfer that has failed ignores it; `finish` tells why.
         """
 
     async def finish(self) -> Manifest:
@@ -126,15 +141,48 @@ class Outgoing(Protocol):
         """Returns when the transfer is over, however it ended, and no local page will be read any more."""
 
 
-class Sender(Protocol):
-    """Opens transfers to peers over one transport. Made and used on one event loop."""
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One way into a receiver's pool, as it says at the handshake."""
 
-    def open(self, address: str, transfer_id: bytes, max_chunk_bytes: int | None = None) -> Outgoing:
-        """Starts a transfer under a ticket of the receiver at `address`; chunks are at most `max_chunk_bytes` long,
-        the smaller of the receiver's limit and ours."""
+    transport: str
+    locality: str = ""  # works where the sender's own value for this transport is equal; empty: anywhere
+    data: bytes = b""  # an exported memory handle, an agent's metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a one-sided writer puts the logical blocks, and the guard that says for how long it may."""
+
+    page_ids: tuple[int, ...]  # of the logical blocks 0, 1, ... in the receiver's pool
+    guard: int  # slot of the receiver's guard table (kv_transfer/guards.py)
+    generation: int  # what the slot holds while the ticket is live; no other ticket ever has the same
+
+
+class Link(Protocol):
+    """The way to one peer over one transport. Used on the loop that made it."""
+
+    @property
+    def transport(self) -> str: ...
+
+    def open(
+        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
+    ) -> Outgoing:
+        """Starts a transfer under a ticket of this peer. Chunks are at most `max_chunk_bytes` long, the smaller of the
+        receiver's limit and ours; one-sided transports need the grant's `placement` instead."""
 
     async def close(self) -> None:
-        """Aborts what is open, waits until no page is read, closes connections."""
+        """Aborts what is open, waits until no page is read, lets go of connections and mappings."""
+
+
+class Sender(Protocol):
+    """One transport's sending half in a worker. Made and used on one event loop."""
+
+    async def connect(self, address: str, endpoint: Endpoint) -> Link:
+        """Opens the way to the receiver at `address`. Raises TransferError when it cannot be used after all."""
+
+    async def close(self) -> None:
+        """Closes every link."""
 
 
 class ObjectStore(Protocol):

@@ -1,13 +1,15 @@
-"""A transport by its name: the sender, and what the receiving side needs on its server."""
+"""A worker's transports: what it can receive by, what it can send by, and the link to each peer."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import grpc.aio
 
-from kv_transfer import local
-from kv_transfer.base import ObjectStore, Sender
+from kv_transfer import local, locality
+from kv_transfer.base import Endpoint, Link, ObjectStore, Placement, Sender, TransferError, TransferRefused
+from kv_transfer.choose import candidates, wanted
 from kv_transfer.grpc_stream import GrpcWire, push_handler
 from kv_transfer.heap import keep_freed_pages
 from kv_transfer.memory import BlockMemory
@@ -24,6 +26,78 @@ MAX_CHUNK_BYTES = 16 << 20  # what a receiver takes
 
 # Up to this much a stream buffers, so that the next chunk is packed while the last ones are written.
 _KV_CHANNEL_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.http2.write_buffer_size", 4 << 20)]
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """The link to a peer, and what was passed over for it."""
+
+    link: Link
+    why: str
+
+
+class Transports:
+    """Every transport that `setting` (one's name, or auto) allows in this worker. Made and used on one event loop.
+
+    `endpoints` is what peers are told at the handshake, `speaks` what this worker can send over.
+    """
+
+    def __init__(
+        self,
+        setting: str,
+        receiver: Receiver,
+        source: tuple[str, str],
+        object_store: ObjectStore | None = None,
+        progress_s: float = 10.0,
+    ) -> None:
+        """Raises ValueError for a setting that cannot be had here."""
+        self._setting = setting
+        self._receiver = receiver
+        self._source = source
+        self._object_store = object_store
+        self._progress_s = progress_s
+        self._senders: dict[str, Sender] = {}
+        self._undo: list[Callable[[], None]] = []
+        self.missing = {name: why for name in wanted(setting) if (why := _missing(name, receiver.memory, object_store))}
+        self.speaks = tuple(name for name in wanted(setting) if name not in self.missing)
+        if not self.speaks:
+            raise ValueError(f"transport {setting!r}: {'; '.join(self.missing.values())}")
+        self.endpoints: list[Endpoint] = []
+
+    def serve(self, server: grpc.aio.Server, address: str) -> None:
+        """Makes the receiver reachable. Before the server starts."""
+        for name in self.speaks:
+            self.endpoints.append(Endpoint(name, _locality(name), _export(name, self._receiver)))
+        if "local" in self.speaks:
+            self._undo.append(serve("local", self._receiver, None, None, address))
+        if set(self.speaks) - {"local"}:
+            keep_freed_pages()
+            server.add_generic_rpc_handlers((push_handler(self._receiver, self._object_store),))
+
+    async def connect(self, address: str, endpoints: Sequence[Endpoint]) -> Connection:
+        """The best link to the receiver at `address`. Raises TransferRefused when there is none."""
+        mine = {name: _locality(name) for name in self.speaks}
+        chosen, left_out = candidates(self._setting, mine, self.missing, endpoints)
+        for endpoint in chosen:
+            try:
+                link = await self._sender(endpoint.transport).connect(address, endpoint)
+            except TransferError as error:
+                left_out.append(f"{endpoint.transport}: {error}")
+            else:
+                return Connection(link, "; ".join(left_out))
+        raise TransferRefused(f"no transport leads to {address}: {'; '.join(left_out)}")
+
+    async def close(self) -> None:
+        await asyncio.gather(*(sender.close() for sender in self._senders.values()))
+        for undo in self._undo:
+            undo()
+
+    def _sender(self, transport: str) -> Sender:
+        if transport not in self._senders:
+            self._senders[transport] = create_sender(
+                transport, self._receiver.memory, self._source, self._object_store, progress_s=self._progress_s
+            )
+        return self._senders[transport]
 
 
 def create_sender(
@@ -65,7 +139,7 @@ def serve(
 
 
 class _Sender:
-    """Opens transfers; one channel per peer."""
+    """Of a two-sided transport."""
 
     def __init__(
         self,
@@ -76,21 +150,46 @@ class _Sender:
         max_chunk_bytes: int,
         progress_s: float,
     ) -> None:
-        self._transport = transport
-        self._memory = memory
-        self._source = source
-        self._object_store = object_store
-        self._max_chunk_bytes = max_chunk_bytes
-        self._progress_s = progress_s
+        self.transport = transport
+        self.memory = memory
+        self.source = source
+        self.object_store = object_store
+        self.max_chunk_bytes = max_chunk_bytes
+        self.progress_s = progress_s
         # A put may wait for room in the store. What only copies is done at once: a thread costs more than it saves.
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="kv-put") if object_store is not None else None
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self.pool = ThreadPoolExecutor(2, thread_name_prefix="kv-put") if object_store is not None else None
+        self._links: list[_TwoSidedLink] = []
+
+    async def connect(self, address: str, endpoint: Endpoint) -> "_TwoSidedLink":
+        self._links.append(_TwoSidedLink(self, address))
+        return self._links[-1]
+
+    async def close(self) -> None:
+        await asyncio.gather(*(link.close() for link in self._links))
+        if self.pool is not None:
+            self.pool.shutdown()
+
+
+class _TwoSidedLink:
+    """One channel to one peer."""
+
+    def __init__(self, sender: _Sender, address: str) -> None:
+        self._sender = sender
+        self._address = address
+        self._channel: grpc.aio.Channel | None = None
         self._open: set[ChunkedOutgoing] = set()
 
-    def open(self, address: str, transfer_id: bytes, max_chunk_bytes: int | None = None) -> ChunkedOutgoing:
-        limit = min(self._max_chunk_bytes, max_chunk_bytes or self._max_chunk_bytes)
-        _check_chunk_bytes(self._memory, limit)
-        outgoing = ChunkedOutgoing(self._memory, self._wire(address, transfer_id), self._pool, limit, self._progress_s)
+    @property
+    def transport(self) -> str:
+        return self._sender.transport
+
+    def open(
+        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
+    ) -> ChunkedOutgoing:
+        sender = self._sender
+        limit = min(sender.max_chunk_bytes, max_chunk_bytes or sender.max_chunk_bytes)
+        _check_chunk_bytes(sender.memory, limit)
+        outgoing = ChunkedOutgoing(sender.memory, self._wire(transfer_id), sender.pool, limit, sender.progress_s)
         self._open.add(outgoing)
         outgoing.add_closed_callback(self._open.discard)
         return outgoing
@@ -98,22 +197,40 @@ class _Sender:
     async def close(self) -> None:
         outgoings = list(self._open)
         for outgoing in outgoings:
-            outgoing.abort("the sender closes")
+            outgoing.abort("the link closes")
         await asyncio.gather(*(outgoing.wait_closed() for outgoing in outgoings))
-        await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
-        self._channels.clear()
-        if self._pool is not None:
-            self._pool.shutdown()
+        if self._channel is not None:
+            await self._channel.close(None)
+            self._channel = None
 
-    def _wire(self, address: str, transfer_id: bytes) -> Wire:
-        if self._transport == "local":
-            return local.LocalWire(address, transfer_id, self._source)
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=_KV_CHANNEL_OPTIONS)
-        if self._object_store is not None:
-            return RayStoreWire(channel, transfer_id, self._source, self._object_store)
-        return GrpcWire(channel, transfer_id, self._source)
+    def _wire(self, transfer_id: bytes) -> Wire:
+        sender = self._sender
+        if sender.transport == "local":
+            return local.LocalWire(self._address, transfer_id, sender.source)
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=_KV_CHANNEL_OPTIONS)
+        if sender.object_store is not None:
+            return RayStoreWire(self._channel, transfer_id, sender.source, sender.object_store)
+        return GrpcWire(self._channel, transfer_id, sender.source)
+
+
+def _missing(transport: str, memory: BlockMemory, object_store: ObjectStore | None) -> str:
+    """Why this worker does not have the transport; empty if it does."""
+    if transport == "ray_store" and object_store is None:
+        return "no object store was given"
+    if transport not in CHUNK_BYTES:
+        return "not in this version"
+    return ""
+
+
+def _locality(transport: str) -> str:
+    """Our value of what must be equal on both sides."""
+    return {"local": locality.process, "cuda_ipc": locality.host}.get(transport, str)()
+
+
+def _export(transport: str, receiver: Receiver) -> bytes:
+    """What a sender needs beside the address."""
+    return b""
 
 
 def _check(transport: str, object_store: ObjectStore | None) -> None:

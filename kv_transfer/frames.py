@@ -3,21 +3,23 @@
     offset size
       0     2   magic "KV"
       2     1   version, 2
-      3     1   kind: 1 BEGIN, 2 CHUNK, 3 TOKEN, 4 END
+      3     1   kind: 1 BEGIN, 2 CHUNK, 3 TOKEN, 4 END, 5 PLACED
       4    16   transfer id
      20     4   sequence           ─┐
      24     2   layer_start         │
      26     2   layer_count         │ ChunkHeader; in BEGIN and END
-     28     4   block_start         │ only num_bytes and crc32c are
+     28     4   block_start         │ only num_bytes and checksum are
      32     4   block_count         │ used, of the payload below
      36     4   num_bytes           │
-     40     4   crc32c             ─┘
-     44     …   payload
+     40     8   checksum           ─┘
+     48     …   payload
 
     BEGIN   u16 length + UTF-8 worker id, u16 length + UTF-8 incarnation, of the sender
     CHUNK   the chunk's bytes
     TOKEN   u32 crc32c of the token, then the token under which an object store has the chunk's bytes
     END     u32 number of chunks, u64 number of bytes
+    PLACED  nothing: a one-sided transport has written the chunk's bytes into the pages, all of them, and `checksum` is
+            the digest of what it read, which the receiver compares with its own of what landed
 
 A stream is BEGIN, chunks numbered from 0, END; all with one transfer id. The receiver answers with acknowledgements
 
@@ -56,6 +58,7 @@ class Kind(IntEnum):
     CHUNK = 2
     TOKEN = 3
     END = 4
+    PLACED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Frame:
         header = ChunkHeader.unpack(message, _PREFIX.size)
         payload = np.frombuffer(message, np.uint8, offset=HEADER_BYTES)
         frame = cls(Kind(kind), transfer_id, header, payload)
-        if frame.kind in (Kind.BEGIN, Kind.END) and (header.num_bytes, header.crc32c) != (
+        if frame.kind in (Kind.BEGIN, Kind.END) and (header.num_bytes, header.checksum) != (
             len(payload),
             crc32c([payload]),
         ):
@@ -125,6 +128,10 @@ def chunk_frame(transfer_id: bytes, header: ChunkHeader, pages: Sequence[np.ndar
 
 def token_frame(transfer_id: bytes, header: ChunkHeader, token: bytes) -> bytes:
     return _frame(Kind.TOKEN, transfer_id, header, [_U32.pack(crc32c([np.frombuffer(token, np.uint8)])), token])
+
+
+def placed_frame(transfer_id: bytes, header: ChunkHeader) -> bytes:
+    return _frame(Kind.PLACED, transfer_id, header, [])
 
 
 def end_frame(transfer_id: bytes, num_chunks: int, num_bytes: int) -> bytes:

@@ -3,7 +3,8 @@
 Life of a stream at the receiving worker, on its event loop:
  1. BEGIN names the ticket and the sender's incarnation; the receiver refuses what it did not grant.
  2. Each CHUNK is scattered straight from the message into the pages, and checked there. A TOKEN's bytes are fetched
-    from the object store on a pool thread first, and acknowledged.
+    from the object store on a pool thread first, and acknowledged. PLACED chunks lie in the pages already: those that
+    have come meanwhile are read back and checked together, on a thread, while more are written.
  3. END gives the counts; the acknowledgement that answers it says that all of it lies in the pages.
  4. A stream that ends otherwise fails its transfer. A ticket that ends otherwise ends its stream, so that the sender
     stops at once. Nothing is visible before Commit in any case.
@@ -14,9 +15,10 @@ copy at the receiver; a checksum on each side.
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -46,6 +48,7 @@ class _PushHandler:
         self._receiver = receiver
         self._object_store = object_store
         self._pool = pool
+        self._checks = ThreadPoolExecutor(1, thread_name_prefix="kv-check")  # its thread starts with the first use
 
     async def push(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         transfer_id, verdict, stream = None, None, _Incoming(context)
@@ -78,6 +81,7 @@ class _PushHandler:
             if frame.transfer_id != transfer_id:
                 raise TransferBroken("frame of another transfer")
             if frame.kind is Kind.END:
+                await stream.checked()
                 self._receiver.end(transfer_id, *frame.counts())
                 return
             if frame.kind is Kind.CHUNK:
@@ -87,8 +91,15 @@ class _PushHandler:
                 is_mapped = await asyncio.get_running_loop().run_in_executor(self._pool, self._fetch, frame)
                 stream.num_chunks += 1
                 await stream.context.write(Ack(stream.num_chunks, is_mapped=is_mapped).pack())
+            elif frame.kind is Kind.PLACED:
+                stream.check(frame.header, partial(self._check, transfer_id))
             else:
                 raise TransferBroken("a second BEGIN")
+
+    async def _check(self, transfer_id: bytes, headers: list[ChunkHeader]) -> None:
+        # A bad chunk fails the ticket, and that ends the stream.
+        with contextlib.suppress(TransferError):
+            await asyncio.get_running_loop().run_in_executor(self._checks, self._receiver.placed, transfer_id, headers)
 
     def _begin(self, message: object) -> bytes:
         if not isinstance(message, bytes):
@@ -114,6 +125,8 @@ class _Incoming:
         self.context = context
         self.num_chunks = 0
         self._over: asyncio.Task[TransferError] | None = None
+        self._placed: list[ChunkHeader] = []  # not looked at yet
+        self._checking: asyncio.Task[None] | None = None
         self._reading: asyncio.Task | None = None  # the handler's own task, while it waits for a message
 
     def watch(self, over: Coroutine[None, None, TransferError]) -> None:
@@ -137,9 +150,27 @@ class _Incoming:
             raise TransferBroken(f"the stream ended after {self.num_chunks} chunks without END")
         return message
 
+    def check(self, header: ChunkHeader, check: Callable[[list[ChunkHeader]], Coroutine[None, None, None]]) -> None:
+        """Leaves a PLACED chunk to be checked, with others that come before the last check has ended."""
+        self._placed.append(header)
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(self._check_all(check))
+
+    async def checked(self) -> None:
+        """Returns when every chunk left to be checked has been; raises what is unforeseen."""
+        if self._checking is not None:
+            await self._checking
+
+    async def _check_all(self, check: Callable[[list[ChunkHeader]], Coroutine[None, None, None]]) -> None:
+        while self._placed:
+            headers, self._placed = self._placed, []
+            await check(headers)
+            self.num_chunks += len(headers)
+
     def close(self) -> None:
-        if self._over is not None:
-            self._over.cancel()
+        for task in (self._over, self._checking):
+            if task is not None:
+                task.cancel()
 
 
 class GrpcWire:
@@ -162,7 +193,7 @@ class GrpcWire:
         await self._write(begin_frame(self._transfer_id, self._source))
 
     def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> tuple[ChunkHeader, bytes]:
-        header = replace(header, crc32c=crc32c(pages))
+        header = replace(header, checksum=crc32c(pages))
         return header, chunk_frame(self._transfer_id, header, pages)
 
     async def send(self, packed: bytes) -> None:

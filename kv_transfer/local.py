@@ -38,7 +38,7 @@ class LocalWire:
         self._receiver().begin(self._transfer_id, self._source)
 
     def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> tuple[ChunkHeader, _Chunk]:
-        header = replace(header, crc32c=crc32c(pages))
+        header = replace(header, checksum=crc32c(pages))
         return header, (header, pages)
 
     async def send(self, packed: _Chunk) -> None:

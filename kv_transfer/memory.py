@@ -57,6 +57,11 @@ class BlockMemory:
         pages = self.slab.numpy()
         return [pages[block_id, start:stop] for block_id in block_ids]
 
+    def digests(self, rects: Sequence[tuple[Sequence[int], int, int, int]]) -> list[int]:
+        """What lies in the pages now, for each (block ids, logical number of the first, layer_start, layer_stop): the
+        digest that a one-sided writer takes of what it reads. Blocks until it is known."""
+        return [crc32c(self.read(block_ids, start, stop)) for block_ids, _, start, stop in rects]
+
     def write(self, block_ids: Sequence[int], layer_start: int, layer_stop: int, arrays: Sequence[np.ndarray]) -> int:
         """Writes `arrays`, laid end to end, over the layers of the blocks; the total must fit exactly. Returns the
         crc32c of what was written."""

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kv_transfer.base import ChunkHeader, Manifest, ManifestBuilder, TransferBroken
+from kv_transfer.base import ChunkHeader, Manifest, ManifestBuilder, ReadyEvent, TransferBroken
 from kv_transfer.memory import BlockMemory
 
 
@@ -78,12 +78,19 @@ class ChunkedOutgoing:
     def num_bytes(self) -> int:
         return self._manifest.num_bytes
 
-    def push(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
+    def push(
+        self,
+        block_ids: Sequence[int],
+        block_start: int,
+        layer_start: int,
+        layer_stop: int,
+        after: ReadyEvent | None = None,
+    ) -> None:
         assert not self._finishing and 0 <= layer_start < layer_stop <= self._memory.num_layers
         with self._lock:
             if self._closed:
                 return
-            self._queue.append(_Rect(tuple(block_ids), block_start, layer_start, layer_stop))
+            self._queue.append(_Rect(tuple(block_ids), block_start, layer_start, layer_stop, after))
         self._notify(self._wake.set)
 
     async def finish(self) -> Manifest:
@@ -157,6 +164,8 @@ class ChunkedOutgoing:
         """Starts reading the next chunk, and sends the one before it. False: there was neither."""
         chunk = self._next_chunk()
         if chunk is not None:
+            if chunk.after is not None and not chunk.after.query():
+                await self._loop.run_in_executor(None, chunk.after.synchronize)
             self._reads.append(self._read(chunk))
             self._num_chunks += 1
         if len(self._reads) > 1 or (self._reads and chunk is None):
@@ -212,7 +221,7 @@ class ChunkedOutgoing:
             block_start=chunk.block_start,
             block_count=len(chunk.block_ids),
             num_bytes=sum(map(len, pages)),
-            crc32c=0,  # the wire's to fill in, as it reads the pages
+            checksum=0,  # the wire's to fill in, as it reads the pages
         )
         return self._wire.pack(header, pages)
 
@@ -223,6 +232,7 @@ class _Rect:
     block_start: int
     layer_start: int
     layer_stop: int
+    after: ReadyEvent | None
 
     def join(self, other: "_Rect") -> "_Rect | None":
         """One rectangle of both, if `other` holds the layers that follow in the same blocks."""
@@ -231,7 +241,7 @@ class _Rect:
             self.block_start,
             self.layer_stop,
         ):
-            return replace(self, layer_stop=other.layer_stop)
+            return replace(self, layer_stop=other.layer_stop, after=other.after)
         return None
 
     def split_blocks(self, count: int) -> "tuple[_Rect, _Rect]":

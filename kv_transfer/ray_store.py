@@ -37,7 +37,7 @@ class RayStoreWire:
     def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> tuple[ChunkHeader, bytes]:
         token, checksum = self._object_store.put(pages)
         self._tokens[header.sequence] = token
-        header = replace(header, crc32c=checksum)
+        header = replace(header, checksum=checksum)
         return header, token_frame(self._transfer_id, header, token)
 
     async def send(self, packed: bytes) -> None:

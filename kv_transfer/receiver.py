@@ -1,20 +1,12 @@
-"""The receiving side of every two-sided transport: tickets, checks, placement. One per worker, thread-safe.
-
-    grant() ──► GRANTED ──begin()──► RECEIVING ──commit() agrees──► COMPLETE
-                   │                     │
-                   │   bad or missing chunk, stream broken, manifest differs, lease over at commit
-                   │                     ▼
-                   ├──────────────►   FAILED          takes nothing more; its pages still belong to its owner
-                   │                     │
-                   └─────────┬───────────┘
-              release() ──► RELEASED
-       expire(), lease over ──► EXPIRED
-
-GRANTED, RECEIVING and FAILED are live: the owner's pages are held, and exactly one of commit, release and expire will
-say that they no longer are. The other three are tombstones, kept (a bounded number) to answer what comes late.
+"""The receiving side of every transport: tickets, checks, placement. One per worker, thread-safe.
 
 Every chunk is placed and checked under its ticket's lock, and every way out of RECEIVING takes that lock. So when
 release, expire or commit has returned, no byte of that transfer is written any more; they wait for at most one chunk.
+
+That holds for two-sided transports, where we write. A one-sided writer may be in the middle of a write when its ticket
+is released or expires: the ticket then goes to the quarantine, and its owner's pages must not be used again before
+`fence` (the writer says that it has stopped) or `fence_gone` (it has ended). Its guard is revoked at once, so nothing
+new begins. A writer commits only what it has seen complete: a commit is a fence.
 """
 
 import asyncio
@@ -24,36 +16,24 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 
 from kv_transfer.base import (
     ChunkHeader,
     Manifest,
-    ManifestBuilder,
+    Placement,
     TransferBroken,
     TransferCorrupt,
     TransferError,
     TransferRefused,
 )
+from kv_transfer.guards import Guards
 from kv_transfer.memory import BlockMemory
+from kv_transfer.ticket import LIVE, State, Ticket
 
 TICKET_BYTES = 16
 MAX_TOMBSTONES = 4096
-
-
-class State(Enum):
-    GRANTED = "granted"
-    RECEIVING = "receiving"
-    FAILED = "failed"
-    COMPLETE = "complete"
-    RELEASED = "released"
-    EXPIRED = "expired"
-
-
-_LIVE = frozenset((State.GRANTED, State.RECEIVING, State.FAILED))
 
 
 class Receiver:
@@ -69,14 +49,18 @@ class Receiver:
         max_chunk_bytes: int,
         clock: Callable[[], float] = time.monotonic,
         progress_s: float = 10.0,
+        guards: Guards | None = None,
     ) -> None:
+        """`guards`: needed to grant pages to one-sided writers."""
         self.memory = memory
         self.max_chunk_bytes = max_chunk_bytes
         self.progress_s = progress_s
         self._clock = clock
         self._lock = threading.Lock()  # the two tables and the counter; taken inside a ticket's lock, never around it
-        self._tickets: dict[bytes, _Ticket] = {}
-        self._tombstones: OrderedDict[bytes, _Ticket] = OrderedDict()
+        self._tickets: dict[bytes, Ticket] = {}
+        self._tombstones: OrderedDict[bytes, Ticket] = OrderedDict()
+        self._quarantine: dict[bytes, Ticket] = {}  # buried, but their writers may not have stopped
+        self._guards = guards
         self._bytes_received = 0
 
     @property
@@ -89,17 +73,34 @@ class Receiver:
         """Bytes placed since the start, those of failed transfers included."""
         return self._bytes_received
 
+    @property
+    def num_quarantined(self) -> int:
+        """Tickets in quarantine."""
+        return len(self._quarantine)
+
     def grant(
-        self, owner: str, source: tuple[str, str], block_ids: Sequence[int], first_block: int, lease_s: float
+        self,
+        owner: str,
+        source: tuple[str, str],
+        block_ids: Sequence[int],
+        first_block: int,
+        lease_s: float,
+        writer: str | None = None,
     ) -> bytes:
         """A ticket for `source` (worker id, incarnation) to fill `block_ids[first_block:]`, for `lease_s` from now.
 
-        `block_ids` are the pages of the logical blocks 0, 1, ...; the caller holds them until the ticket ends.
+        `block_ids` are the pages of the logical blocks 0, 1, ...; the caller holds them until the ticket ends, and out
+        of quarantine. `writer`: the process that will write into them by itself (kv_transfer/locality.py), "" if it is
+        not known; None: nobody will, chunks come as bytes. Raises MemoryError when there are no guards left.
         """
         assert 0 <= first_block <= len(block_ids) == len(set(block_ids)), (first_block, block_ids)
         assert all(0 <= block_id < self.memory.num_blocks for block_id in block_ids), block_ids
         transfer_id = secrets.token_bytes(TICKET_BYTES)
-        ticket = _Ticket(
+        placement = None
+        if writer is not None:
+            assert self._guards is not None, "one-sided transports need guards"
+            placement = Placement(tuple(block_ids), *self._guards.take())
+        ticket = Ticket(
             transfer_id=transfer_id,
             owner=owner,
             source=source,
@@ -108,10 +109,16 @@ class Receiver:
             lease_s=lease_s,
             expires_s=self._clock() + lease_s,
             covered=np.zeros((len(block_ids) - first_block, self.memory.num_layers), np.bool_),
+            placement=placement,
+            writer=writer or "",
         )
         with self._lock:
             self._tickets[transfer_id] = ticket
         return transfer_id
+
+    def placement(self, transfer_id: bytes) -> Placement | None:
+        """What a one-sided writer must know of its ticket; None for other tickets."""
+        return self._find(transfer_id).placement
 
     def begin(self, transfer_id: bytes, source: tuple[str, str]) -> None:
         """The sender's stream opens. Once per ticket, by the source it was granted to; a refusal changes nothing."""
@@ -128,11 +135,13 @@ class Receiver:
         """Places one chunk, its bytes being `arrays` laid end to end, and checks it. A bad one fails the transfer."""
         ticket = self._find(transfer_id)
         with ticket.lock:
-            self._require_lease(ticket)
-            if ticket.state is not State.RECEIVING or ticket.ended:
-                raise ticket.error or TransferRefused(f"chunk for a ticket that is {ticket.state.value}")
+            self._require_receiving(ticket)
             try:
-                cells = self._cells(ticket, header, sum(map(len, arrays)))
+                if ticket.placement is not None:
+                    raise TransferBroken("bytes came for a ticket whose writer places them itself")
+                if header.num_bytes > self.max_chunk_bytes:
+                    raise TransferBroken(f"chunk of {header.num_bytes} bytes: at most {self.max_chunk_bytes} allowed")
+                cells = ticket.cells(self.memory, header, sum(map(len, arrays)), ticket.covered, 0)
                 # What is checked is what landed: the pages are the ticket's alone until they are committed.
                 checksum = self.memory.write(
                     ticket.block_ids[header.block_start : header.block_start + header.block_count],
@@ -140,19 +149,51 @@ class Receiver:
                     header.layer_start + header.layer_count,
                     arrays,
                 )
-                if checksum != header.crc32c:
-                    raise TransferCorrupt(f"chunk {header.sequence}: checksum differs from the one taken at the sender")
+                if checksum != header.checksum:
+                    raise _differs(header)
             except TransferError as error:
                 self._fail(ticket, error)
                 raise
-            cells[...] = True
-            ticket.num_covered += cells.size
-            ticket.received.add(header)
-            ticket.progressed_s = self._clock()
-            if ticket.manifest is not None and ticket.received.num_chunks >= ticket.manifest.num_chunks:
-                ticket.wake()
-        with self._lock:
-            self._bytes_received += header.num_bytes
+            self._count(ticket, header, cells)
+
+    def placed(self, transfer_id: bytes, headers: Sequence[ChunkHeader]) -> None:
+        """The writer says that these chunks lie in the pages. Reads them back there and checks; blocks meanwhile.
+
+        One call at a time for a ticket. A bad chunk fails the transfer.
+        """
+        ticket = self._find(transfer_id)
+        with ticket.lock:
+            self._require_receiving(ticket)
+            try:
+                if ticket.placement is None:
+                    raise TransferBroken("chunks are said to be placed: this ticket lets nobody write")
+                claimed = ticket.covered.copy()
+                for i, header in enumerate(headers):
+                    ticket.cells(self.memory, header, header.num_bytes, claimed, i)[...] = True
+            except TransferError as error:
+                self._fail(ticket, error)
+                raise
+            block_ids = ticket.block_ids
+        # Without the lock: it only reads, and a release need not wait for it.
+        digests = self.memory.digests(
+            [
+                (
+                    block_ids[header.block_start : header.block_start + header.block_count],
+                    header.block_start,
+                    header.layer_start,
+                    header.layer_start + header.layer_count,
+                )
+                for header in headers
+            ]
+        )
+        with ticket.lock:
+            self._require_receiving(ticket)
+            for header, digest in zip(headers, digests, strict=True):
+                if digest != header.checksum:
+                    corrupt = _differs(header)
+                    self._fail(ticket, corrupt)
+                    raise corrupt
+                self._count(ticket, header, ticket.cells(self.memory, header, header.num_bytes, ticket.covered, 0))
 
     def end(self, transfer_id: bytes, num_chunks: int, num_bytes: int) -> None:
         """The sender has sent everything: the counts must be those that arrived."""
@@ -223,13 +264,35 @@ class Receiver:
         return unknown
 
     def release(self, transfer_id: bytes) -> bool:
-        """Ends a live ticket; True if this call did, and so its owner's pages are free to go."""
+        """Ends a live ticket; True if this call did. Its owner's pages are free to go unless `is_quarantined`."""
         with self._lock:
             ticket = self._tickets.get(transfer_id)
         return ticket is not None and self._end(ticket, State.RELEASED)
 
+    def is_quarantined(self, transfer_id: bytes) -> bool:
+        """Whether the ticket is over, but its writer may still be writing."""
+        return transfer_id in self._quarantine
+
+    def fence(self, transfer_id: bytes) -> str | None:
+        """The writer says that it has stopped: returns the owner whose pages leave quarantine, None if none do."""
+        with self._lock:
+            ticket = self._quarantine.pop(transfer_id, None)
+        if ticket is None:
+            return None
+        assert self._guards is not None and ticket.placement is not None
+        self._guards.free(ticket.placement.guard)
+        return ticket.owner
+
+    def fence_gone(self, is_gone: Callable[[tuple[str, str], str], bool]) -> list[str]:
+        """Asks of each quarantined writer, (worker id, incarnation) and process, whether it has ended for certain;
+        returns the owners whose pages leave quarantine."""
+        with self._lock:
+            tickets = list(self._quarantine.values())
+        owners = [self.fence(ticket.transfer_id) for ticket in tickets if is_gone(ticket.source, ticket.writer)]
+        return [owner for owner in owners if owner is not None]
+
     def expire(self) -> list[str]:
-        """Ends every ticket whose lease is over; returns their owners, whose pages are free to go."""
+        """Ends every ticket whose lease is over; returns their owners. Their pages go as after `release`."""
         with self._lock:
             tickets = list(self._tickets.values())
         now = self._clock()
@@ -238,7 +301,12 @@ class Receiver:
     def check(self) -> None:
         """Asserts every invariant. For tests and debugging."""
         with self._lock:
-            live, dead = dict(self._tickets), dict(self._tombstones)
+            live, dead, quarantined = dict(self._tickets), dict(self._tombstones), dict(self._quarantine)
+        assert not live.keys() & quarantined.keys()
+        if self._guards is not None:
+            held = [t.placement.guard for t in [*live.values(), *quarantined.values()] if t.placement is not None]
+            assert len(held) == len(set(held)) == self._guards.num_taken, "a guard has no ticket, or two"
+            assert not any(self._guards.words[t.placement.guard] for t in quarantined.values() if t.placement)
         assert not live.keys() & dead.keys() and len(dead) <= MAX_TOMBSTONES
         writable = [block_id for ticket in live.values() for block_id in ticket.block_ids[ticket.first_block :]]
         assert len(writable) == len(set(writable)), "two live tickets may write the same page"
@@ -251,44 +319,36 @@ class Receiver:
                 assert (ticket.error is not None) == (ticket.state is State.FAILED)
                 assert ticket.state is not State.GRANTED or ticket.received.num_chunks == 0
         for ticket in dead.values():
-            assert ticket.state not in _LIVE and not ticket.waiters and not ticket.block_ids
+            assert ticket.state not in LIVE and not ticket.waiters and not ticket.block_ids
 
-    def _find(self, transfer_id: bytes) -> "_Ticket":
+    def _find(self, transfer_id: bytes) -> Ticket:
         with self._lock:
             ticket = self._tickets.get(transfer_id) or self._tombstones.get(transfer_id)
         if ticket is None:
             raise TransferRefused("ticket is unknown: forged, or over long ago")
         return ticket
 
-    def _require_lease(self, ticket: "_Ticket") -> None:
-        if ticket.state in _LIVE and self._clock() >= ticket.expires_s:
+    def _require_receiving(self, ticket: Ticket) -> None:
+        self._require_lease(ticket)
+        if ticket.state is not State.RECEIVING or ticket.ended:
+            raise ticket.error or TransferRefused(f"chunk for a ticket that is {ticket.state.value}")
+
+    def _count(self, ticket: Ticket, header: ChunkHeader, cells: np.ndarray) -> None:
+        """A chunk lies verified in its pages; `cells` is its part of `covered`."""
+        cells[...] = True
+        ticket.num_covered += cells.size
+        ticket.received.add(header)
+        ticket.progressed_s = self._clock()
+        if ticket.manifest is not None and ticket.received.num_chunks >= ticket.manifest.num_chunks:
+            ticket.wake()
+        with self._lock:
+            self._bytes_received += header.num_bytes
+
+    def _require_lease(self, ticket: Ticket) -> None:
+        if ticket.state in LIVE and self._clock() >= ticket.expires_s:
             raise TransferRefused(f"ticket's lease of {ticket.lease_s} s is over")
 
-    def _cells(self, ticket: "_Ticket", header: ChunkHeader, num_bytes: int) -> np.ndarray:
-        """The part of `covered` that the chunk fills, after checking that it may."""
-        if header.sequence != ticket.received.num_chunks:
-            raise TransferBroken(f"chunk {header.sequence} came: {ticket.received.num_chunks} was next")
-        layer_stop, block_stop = header.layer_start + header.layer_count, header.block_start + header.block_count
-        num_layers, num_blocks = self.memory.num_layers, len(ticket.block_ids)
-        if not 0 <= header.layer_start < layer_stop <= num_layers:
-            raise TransferBroken(f"layers [{header.layer_start}, {layer_stop}): must lie in [0, {num_layers})")
-        if not ticket.first_block <= header.block_start < block_stop <= num_blocks:
-            raise TransferBroken(
-                f"blocks [{header.block_start}, {block_stop}): must lie in [{ticket.first_block}, {num_blocks})"
-            )
-        expected = header.block_count * self.memory.width(header.layer_start, layer_stop)
-        if not num_bytes == header.num_bytes == expected:
-            raise TransferBroken(f"{num_bytes} bytes came, {header.num_bytes} announced: must be {expected}")
-        if num_bytes > self.max_chunk_bytes:
-            raise TransferBroken(f"chunk of {num_bytes} bytes: at most {self.max_chunk_bytes} allowed")
-        cells = ticket.covered[
-            header.block_start - ticket.first_block : block_stop - ticket.first_block, header.layer_start : layer_stop
-        ]
-        if cells.any():
-            raise TransferBroken(f"chunk {header.sequence} overlaps an earlier one")
-        return cells
-
-    def _settle(self, ticket: "_Ticket", manifest: Manifest) -> bool:
+    def _settle(self, ticket: Ticket, manifest: Manifest) -> bool:
         """True: complete. False: chunks are missing that may still come. Raises for everything else."""
         if ticket.manifest is None:
             ticket.manifest = manifest
@@ -298,7 +358,7 @@ class Receiver:
             return True
         if ticket.error is not None:
             raise ticket.error
-        if ticket.state not in _LIVE:
+        if ticket.state not in LIVE:
             raise TransferRefused(f"ticket is {ticket.state.value}")
         try:
             self._require_lease(ticket)
@@ -315,7 +375,7 @@ class Receiver:
         self._bury(ticket, State.COMPLETE)
         return True
 
-    def _renew(self, ticket: "_Ticket") -> bool:
+    def _renew(self, ticket: Ticket) -> bool:
         with ticket.lock:
             now = self._clock()
             if ticket.state not in (State.GRANTED, State.RECEIVING) or now >= ticket.expires_s:
@@ -323,64 +383,38 @@ class Receiver:
             ticket.expires_s = now + ticket.lease_s
             return True
 
-    def _end(self, ticket: "_Ticket", state: State, now: float | None = None) -> bool:
+    def _end(self, ticket: Ticket, state: State, now: float | None = None) -> bool:
         with ticket.lock:
-            if ticket.state not in _LIVE or (now is not None and now < ticket.expires_s):
+            if ticket.state not in LIVE or (now is not None and now < ticket.expires_s):
                 return False
             self._bury(ticket, state)
             return True
 
-    def _fail(self, ticket: "_Ticket", error: TransferError) -> None:
+    def _fail(self, ticket: Ticket, error: TransferError) -> None:
         ticket.state = State.FAILED
         ticket.error = error
+        if self._guards is not None and ticket.placement is not None:
+            self._guards.revoke(ticket.placement.guard)
         ticket.wake()
 
-    def _bury(self, ticket: "_Ticket", state: State) -> None:
+    def _bury(self, ticket: Ticket, state: State) -> None:
         ticket.state = state
         ticket.block_ids = ()
         ticket.covered = np.zeros((0, 0), np.bool_)
         ticket.wake()
+        if self._guards is not None and ticket.placement is not None:
+            if state is State.COMPLETE:
+                self._guards.free(ticket.placement.guard)
+            else:
+                self._guards.revoke(ticket.placement.guard)
         with self._lock:
+            if ticket.placement is not None and state is not State.COMPLETE:
+                self._quarantine[ticket.transfer_id] = ticket
             del self._tickets[ticket.transfer_id]
             self._tombstones[ticket.transfer_id] = ticket
             while len(self._tombstones) > MAX_TOMBSTONES:
                 self._tombstones.popitem(last=False)
 
 
-@dataclass(slots=True, eq=False)
-class _Ticket:
-    transfer_id: bytes
-    owner: str
-    source: tuple[str, str]
-    block_ids: tuple[int, ...]  # page of each logical block
-    first_block: int
-    lease_s: float
-    expires_s: float  # on the receiver's clock
-    covered: np.ndarray  # bool [num_blocks - first_block, num_layers]
-    num_covered: int = 0
-    state: State = State.GRANTED
-    received: ManifestBuilder = field(default_factory=ManifestBuilder)
-    ended: bool = False  # the sender's stream ended with the right counts
-    manifest: Manifest | None = None  # of the first commit
-    error: TransferError | None = None
-    progressed_s: float = float("-inf")
-    waiters: list[asyncio.Future] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def waiter(self) -> asyncio.Future:
-        """A future of the running loop that the next `wake` resolves."""
-        waiter = asyncio.get_running_loop().create_future()
-        self.waiters.append(waiter)
-        return waiter
-
-    def wake(self) -> None:
-        """Lets everyone who waits for this ticket look again, on their own loops."""
-        for waiter in self.waiters:
-            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there
-                waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
-        self.waiters.clear()
-
-
-def _resolve(waiter: asyncio.Future) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+def _differs(header: ChunkHeader) -> TransferCorrupt:
+    return TransferCorrupt(f"chunk {header.sequence}: checksum differs from the one taken at the sender")

@@ -17,14 +17,15 @@ import grpc
 from engine.engine import Engine
 from engine.request import Request
 from engine.wire import token_hash
-from kv_transfer.base import Manifest, Outgoing, Sender, TransferCorrupt, TransferError
+from kv_transfer.base import Manifest, Outgoing, ReadyEvent, TransferCorrupt, TransferError
+from kv_transfer.placement import placement_from_pb
 from prefill_worker.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
 from protos import inference_pb2
 from protos import kv_transfer_pb2 as kv
 
 # Commit answers once the receiver has checked every byte, so it may wait for chunks still on the wire.
 COMMIT_TIMEOUT_S = 30.0
-RELEASE_TIMEOUT_S = 5.0
+RELEASE_TIMEOUT_S, RELEASE_TRIES = 2.5, 2
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +46,6 @@ class Handoff:
         self,
         engine: Engine,
         peers: Peers,
-        sender: Sender,
         request: Request,
         run: tuple[str, int],
         target: kv.WorkerRef,
@@ -54,7 +54,6 @@ class Handoff:
         """`reserve_timeout_s` bounds the wait for pages, None: as long as the run lasts."""
         self._engine = engine
         self._peers = peers
-        self._sender = sender
         self._request = request
         self._run_id, self._attempt = run
         self._target = target
@@ -78,10 +77,17 @@ class Handoff:
     def wanted(self) -> None:
         self._loop.call_soon_threadsafe(self._start_reserving)
 
-    def ready(self, block_ids: Sequence[int], block_start: int, layer_start: int, layer_stop: int) -> None:
+    def ready(
+        self,
+        block_ids: Sequence[int],
+        block_start: int,
+        layer_start: int,
+        layer_stop: int,
+        after: ReadyEvent | None = None,
+    ) -> None:
         outgoing = self._outgoing
         if outgoing is not None and not self._closed:
-            outgoing.push(block_ids, block_start, layer_start, layer_stop)
+            outgoing.push(block_ids, block_start, layer_start, layer_stop, after)
 
     # On the loop
 
@@ -89,6 +95,11 @@ class Handoff:
     def num_bytes(self) -> int:
         """KV bytes that left here for this prompt, adopted or not."""
         return self._outgoing.num_bytes if self._outgoing is not None else 0
+
+    @property
+    def transport(self) -> str:
+        """What it goes over; empty before the handshake."""
+        return self._peer.link.transport if self._peer is not None else ""
 
     async def commit(self, first_tokens: Sequence[kv.AdoptedToken]) -> None:
         """Returns once the decode worker has verified and adopted. Raises HandoffFailed."""
@@ -123,9 +134,15 @@ class Handoff:
             await self._outgoing.wait_closed()
         if self._peer is not None and self._transfer_id and not self._committed:
             self._peer.drop(self._transfer_id)
-            request = kv.ReleaseRequest(transfer_id=self._transfer_id, reason="given up by the prefill worker")
+            await self._release(self._peer)
+
+    async def _release(self, peer: Peer) -> None:
+        """Gives the ticket up. The transfer is closed, so no write is in flight any more: D waits to hear that."""
+        request = kv.ReleaseRequest(transfer_id=self._transfer_id, reason="given up by the prefill worker", fenced=True)
+        for _ in range(RELEASE_TRIES):
             with contextlib.suppress(grpc.aio.AioRpcError):
-                await self._peer.stub.Release(request, timeout=RELEASE_TIMEOUT_S)
+                await peer.stub.Release(request, timeout=RELEASE_TIMEOUT_S, wait_for_ready=True)
+                return
 
     def _start_reserving(self) -> None:
         if not self._closed and self._reserving is None:
@@ -142,6 +159,7 @@ class Handoff:
                     source=self._peers.source,
                     target=self._target,
                     num_tokens=len(self._request.token_ids),
+                    transport=self._peer.link.transport,
                 ),
                 timeout=self._reserve_timeout_s,
             )
@@ -167,7 +185,7 @@ class Handoff:
         self._transfer_id = answer.transfer_id
         self.cached_tokens = answer.cached_tokens
         peer.hold(answer.transfer_id, answer.lease_ms / 1000, self._peers.source, self._lease_lost)
-        self._outgoing = self._sender.open(peer.address, answer.transfer_id)
+        self._outgoing = peer.link.open(answer.transfer_id, placement=placement_from_pb(answer))
         self._engine.grant(self._request.id, answer.cached_tokens // self._engine.layout.block_size)
 
     def _lease_lost(self) -> None:

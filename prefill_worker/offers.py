@@ -19,8 +19,10 @@ import grpc
 from engine.engine import Engine
 from engine.prefix import block_hashes
 from engine.wire import token_hash
+from kv_transfer.placement import placement_to_pb
 from kv_transfer.receiver import Receiver
 from kv_transfer.refusal import Refusal, check_target, verify
+from kv_transfer.writers import Writers
 from prefill_worker.peers import Peers
 from protos import kv_transfer_pb2 as kv
 
@@ -38,11 +40,12 @@ class Granted:
 class Offers:
     """On one event loop. `is_open` False refuses all new ones: the policy is off, or the worker drains."""
 
-    def __init__(self, engine: Engine, receiver: Receiver, peers: Peers, is_open: bool):
+    def __init__(self, engine: Engine, receiver: Receiver, peers: Peers, writers: Writers, is_open: bool):
         self.is_open = is_open
         self._engine = engine
         self._receiver = receiver
         self._peers = peers
+        self._writers = writers
         self._granted: dict[bytes, Granted] = {}
 
     def __contains__(self, transfer_id: bytes) -> bool:
@@ -51,6 +54,7 @@ class Offers:
     async def offer(self, request: kv.OfferRequest) -> kv.OfferResponse:
         """Raises Refusal."""
         self._check(request)
+        writer = self._writers.find(request)
         block_size = self._engine.layout.block_size
         token_ids = list(request.token_ids)
         owner = f"offer:{uuid.uuid4().hex}"
@@ -71,10 +75,14 @@ class Offers:
             block_ids=reservation.block_ids,
             first_block=reservation.num_cached_tokens // block_size,
             lease_s=LEASE_S,
+            writer=writer,
         )
         self._granted[transfer_id] = Granted(owner, len(token_ids), token_hash(token_ids))
         return kv.OfferResponse(
-            transfer_id=transfer_id, cached_tokens=reservation.num_cached_tokens, lease_ms=int(LEASE_S * 1000)
+            transfer_id=transfer_id,
+            cached_tokens=reservation.num_cached_tokens,
+            lease_ms=int(LEASE_S * 1000),
+            placement=placement_to_pb(self._receiver.placement(transfer_id)),
         )
 
     async def commit(self, request: kv.CommitRequest) -> kv.CommitResponse:
@@ -92,12 +100,15 @@ class Offers:
         return kv.CommitResponse(num_bytes=request.num_bytes)
 
     def release(self, transfer_id: bytes) -> bool:
-        """Gives up what was granted; False if it is over. After this no byte of it is written."""
+        """Gives up what was granted; False if it is over. Its blocks are free or, one-sided, quarantined."""
         granted = self._granted.pop(transfer_id, None)
         if granted is None:
             return False
         self._receiver.release(transfer_id)
-        self._engine.release(granted.owner)
+        if self._receiver.is_quarantined(transfer_id):
+            self._engine.quarantine(granted.owner)
+        else:
+            self._engine.release(granted.owner)
         return True
 
     def expire(self, owners: set[str]) -> None:

@@ -19,7 +19,6 @@ from engine.dispatch import Dispatcher
 from engine.engine import Engine
 from engine.request import Event, Failed, Request, Started, Token
 from engine.wire import first_token_to_pb, request_from_pb
-from kv_transfer.base import Sender
 from prefill_worker.handoff import Handoff, HandoffFailed
 from prefill_worker.peers import Peers
 from protos import inference_pb2, worker_pb2, worker_pb2_grpc
@@ -29,12 +28,10 @@ from protos import kv_transfer_pb2 as kv
 class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
     """PrefillService over an engine. `draining` refuses new runs; `idle` is set while none is here."""
 
-    def __init__(self, engine: Engine, dispatcher: Dispatcher, peers: Peers, sender: Sender, transport: str):
+    def __init__(self, engine: Engine, dispatcher: Dispatcher, peers: Peers):
         self._engine = engine
         self._dispatcher = dispatcher
         self._peers = peers
-        self._sender = sender
-        self._transport = transport
         self._closing: set[asyncio.Task] = set()
         self.draining = False
         self.num_runs = 0
@@ -112,7 +109,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             await handoff.abandon()
         yield worker_pb2.PrefillEvent(
             transferred=worker_pb2.Transferred(
-                num_bytes=handoff.num_bytes, transport=self._transport, cached_tokens=handoff.cached_tokens
+                num_bytes=handoff.num_bytes, transport=handoff.transport, cached_tokens=handoff.cached_tokens
             )
         )
 
@@ -135,7 +132,6 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         return Handoff(
             engine=self._engine,
             peers=self._peers,
-            sender=self._sender,
             request=request,
             run=(run.run_id, run.attempt),
             target=message.target,

@@ -49,56 +49,82 @@ class KvGroup(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., key_dim: _Optional[int] = ..., value_dim: _Optional[int] = ..., window: _Optional[int] = ...) -> None: ...
 
 class HandshakeRequest(_message.Message):
-    __slots__ = ("source", "protocol_version", "layout", "transport")
+    __slots__ = ("source", "protocol_version", "layout", "transports", "process")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     source: WorkerRef
     protocol_version: int
     layout: KvLayout
-    transport: str
-    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ...) -> None: ...
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    process: str
+    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., process: _Optional[str] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("target", "protocol_version", "layout", "transport", "max_chunk_bytes")
+    __slots__ = ("target", "protocol_version", "layout", "endpoints", "max_chunk_bytes")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     target: WorkerRef
     protocol_version: int
     layout: KvLayout
-    transport: str
+    endpoints: _containers.RepeatedCompositeFieldContainer[Endpoint]
     max_chunk_bytes: int
-    def __init__(self, target: _Optional[_Union[WorkerRef, _Mapping]] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, target: _Optional[_Union[WorkerRef, _Mapping]] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class Endpoint(_message.Message):
+    __slots__ = ("transport", "locality", "data")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    LOCALITY_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    locality: str
+    data: bytes
+    def __init__(self, transport: _Optional[str] = ..., locality: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("run_id", "attempt", "source", "target", "num_tokens")
+    __slots__ = ("run_id", "attempt", "source", "target", "num_tokens", "transport")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     attempt: int
     source: WorkerRef
     target: WorkerRef
     num_tokens: int
-    def __init__(self, run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    transport: str
+    def __init__(self, run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_tokens: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
-    __slots__ = ("transfer_id", "cached_tokens", "num_blocks", "lease_ms")
+    __slots__ = ("transfer_id", "cached_tokens", "num_blocks", "lease_ms", "placement")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     cached_tokens: int
     num_blocks: int
     lease_ms: int
-    def __init__(self, transfer_id: _Optional[bytes] = ..., cached_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    placement: Placement
+    def __init__(self, transfer_id: _Optional[bytes] = ..., cached_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., lease_ms: _Optional[int] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("page_ids", "guard", "generation")
+    PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    GUARD_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    page_ids: _containers.RepeatedScalarFieldContainer[int]
+    guard: int
+    generation: int
+    def __init__(self, page_ids: _Optional[_Iterable[int]] = ..., guard: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
     __slots__ = ("transfer_id", "num_tokens", "token_hash", "num_chunks", "num_bytes", "digest", "first_tokens")
@@ -147,12 +173,14 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, unknown_transfer_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("transfer_id", "reason")
+    __slots__ = ("transfer_id", "reason", "fenced")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FENCED_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     reason: str
-    def __init__(self, transfer_id: _Optional[bytes] = ..., reason: _Optional[str] = ...) -> None: ...
+    fenced: bool
+    def __init__(self, transfer_id: _Optional[bytes] = ..., reason: _Optional[str] = ..., fenced: bool = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
     __slots__ = ("found",)
@@ -161,39 +189,47 @@ class ReleaseResponse(_message.Message):
     def __init__(self, found: bool = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("source", "target", "token_ids", "cache_namespace")
+    __slots__ = ("source", "target", "token_ids", "cache_namespace", "transport")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     source: WorkerRef
     target: WorkerRef
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     cache_namespace: bytes
-    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[bytes] = ...) -> None: ...
+    transport: str
+    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[bytes] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class OfferResponse(_message.Message):
-    __slots__ = ("transfer_id", "cached_tokens", "lease_ms")
+    __slots__ = ("transfer_id", "cached_tokens", "lease_ms", "placement")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     cached_tokens: int
     lease_ms: int
-    def __init__(self, transfer_id: _Optional[bytes] = ..., cached_tokens: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    placement: Placement
+    def __init__(self, transfer_id: _Optional[bytes] = ..., cached_tokens: _Optional[int] = ..., lease_ms: _Optional[int] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
 
 class CanaryRequest(_message.Message):
-    __slots__ = ("source", "num_blocks")
+    __slots__ = ("source", "num_blocks", "transport")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     source: WorkerRef
     num_blocks: int
-    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    transport: str
+    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_blocks: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class CanaryResponse(_message.Message):
-    __slots__ = ("transfer_id", "num_blocks")
+    __slots__ = ("transfer_id", "num_blocks", "placement")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     num_blocks: int
-    def __init__(self, transfer_id: _Optional[bytes] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    placement: Placement
+    def __init__(self, transfer_id: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...

@@ -75,8 +75,8 @@ class KvTransferServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Handshake(self, request, context):
-        """Once per worker pair and incarnation: protocol version, layout and transport must agree, or FAILED_PRECONDITION
-        with both named.
+        """Once per worker pair and incarnation: protocol version and layout must agree and a transport be shared, or
+        FAILED_PRECONDITION with both sides named. The source chooses among the endpoints; each Reserve names its choice.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -68,7 +68,8 @@ class FakeWorker:
 
     async def canary(self, target_worker_id: str, num_blocks: int) -> dict[str, Any]:
         ok = target_worker_id in self._members
-        return {"bytes": num_blocks << 20, "seconds": 0.01, "ok": ok, "error": "" if ok else "unknown worker"}
+        sent = {"transport": "grpc", "why": ""} if ok else {}
+        return {"bytes": num_blocks << 20, "seconds": 0.01, "ok": ok, "error": "" if ok else "unknown worker", **sent}
 
     def _does(self, deed: str) -> bool:
         return f"{self._spec.role}:{deed}" in self._spec.model.split(",")

@@ -23,6 +23,7 @@ NOTHING_LEFT = (
     "num_waiting_tokens",
     "reserved_blocks",
     "pinned_blocks",
+    "quarantined_blocks",
     "transfers_in_flight",
     "num_runs",
 )

@@ -264,13 +264,13 @@ async def test_pages_on_a_gpu_are_staged(transport: str):
 
 async def test_nobody_there():
     async with transfer_pair("grpc", progress_s=2.0) as pair:
-        outgoing = pair.sender.open("127.0.0.1:9", pair.grant([1]))
+        outgoing = (await pair.connect("127.0.0.1:9")).open(pair.grant([1]))
         outgoing.push([1], 0, 0, NUM_LAYERS)
         with pytest.raises(kv_transfer.TransferBroken):
             await outgoing.finish()
     async with transfer_pair("local") as pair:
         with pytest.raises(kv_transfer.TransferBroken):
-            await pair.sender.open("elsewhere", pair.grant([1])).finish()
+            await (await pair.connect("elsewhere")).open(pair.grant([1])).finish()
 
 
 async def test_many_small_transfers_through_few_blocks(pair: Pair):

@@ -89,7 +89,7 @@ async def test_sender_killed_after_every_chunk(pair: Pair, num_chunks: int):
 
 async def test_receiver_killed(pair: Pair):
     async with peer("receive") as (process, (address, ticket)):
-        outgoing = pair.sender.open(address, bytes.fromhex(ticket))
+        outgoing = (await pair.connect(address)).open(bytes.fromhex(ticket))
         outgoing.push(range(8), 0, 0, 1)
         await asyncio.sleep(0.1)
         process.kill()
@@ -102,7 +102,7 @@ async def test_receiver_killed(pair: Pair):
 async def test_receiver_stopped(pair: Pair):
     """A host that hangs closes no connection: the keepalive pings notice."""
     async with peer("receive") as (process, (address, ticket)):
-        outgoing = pair.sender.open(address, bytes.fromhex(ticket))
+        outgoing = (await pair.connect(address)).open(bytes.fromhex(ticket))
         outgoing.push(range(8), 0, 0, 1)
         await asyncio.sleep(0.1)
         process.send_signal(signal.SIGSTOP)
@@ -129,7 +129,7 @@ async def test_a_flipped_byte_is_never_committed(pair: Pair, place: str):
     pair.source.slab[3, : len(marker)] = torch.tensor(list(marker), dtype=torch.uint8)
     transfer_id = pair.grant([1, 2])
     async with proxy(pair.address, tamper) as address:
-        outgoing = pair.sender.open(address, transfer_id, 8192)
+        outgoing = (await pair.connect(address)).open(transfer_id, 8192)
         outgoing.push([3, 4], 0, 0, NUM_LAYERS)
         with pytest.raises(kv_transfer.TransferCorrupt if place == "payload" else kv_transfer.TransferError):
             await pair.receiver.commit(transfer_id, await outgoing.finish())
@@ -246,7 +246,7 @@ async def test_push_lives_beside_the_protobuf_service(pair: Pair, push_first: bo
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     transfer_id = pair.grant([1])
-    outgoing = pair.sender.open(address, transfer_id)
+    outgoing = (await pair.connect(address)).open(transfer_id)
     outgoing.push([3], 0, 0, NUM_LAYERS)
     await pair.receiver.commit(transfer_id, await outgoing.finish())
     async with grpc.aio.insecure_channel(address) as channel:

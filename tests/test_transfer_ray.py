@@ -43,7 +43,7 @@ class Sending:
         memory = make_memory(NUM_BLOCKS, seed, OFFSETS)
         store = self._store
         sender = kv_transfer.create_sender("ray_store", memory, SOURCE, store, max_chunk_bytes=2 << 20)
-        outgoing = sender.open(address, transfer_id)
+        outgoing = (await sender.connect(address, kv_transfer.base.Endpoint("ray_store"))).open(transfer_id)
         for layer in range(len(OFFSETS) - 1):
             outgoing.push(block_ids, 0, layer, layer + 1)
             await asyncio.sleep(0.01)

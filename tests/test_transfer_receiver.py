@@ -61,7 +61,7 @@ def receiving(receiver: Receiver, block_ids=(4, 5, 6), first_block=0) -> bytes:
         ({"block_count": 2**32 - 1}, "blocks"),
         ({"block_start": 0}, "overlaps"),
         ({"num_bytes": 5}, "bytes came"),
-        ({"crc32c": 1}, "checksum"),
+        ({"checksum": 1}, "checksum"),
     ],
 )
 def test_a_wrong_chunk_fails_the_transfer(receiver: Receiver, change: dict, error: str):
@@ -69,7 +69,7 @@ def test_a_wrong_chunk_fails_the_transfer(receiver: Receiver, change: dict, erro
     receiver.chunk(transfer_id, *make_chunk(SENT, 0, [1], 0, (0, 2)))
     before = receiver.memory.slab.clone()
     header, pages = make_chunk(SENT, 1, [2], 1, (0, 2))
-    kind = kv_transfer.TransferCorrupt if "crc32c" in change else kv_transfer.TransferBroken
+    kind = kv_transfer.TransferCorrupt if "checksum" in change else kv_transfer.TransferBroken
     with pytest.raises(kind, match=error):
         receiver.chunk(transfer_id, replace(header, **change), pages)
     elsewhere = torch.ones(16, dtype=torch.bool)
@@ -271,7 +271,7 @@ class Walk(RuleBasedStateMachine):
         ticket = self.usable(transfer_id, "receiving")
         sequence = max(len(ticket["headers"]) + gap if ticket else 0, 0)
         header, pages = make_chunk(SENT, sequence, [block], block, (layer, layer + 1))
-        header = replace(header, crc32c=header.crc32c ^ flip)
+        header = replace(header, checksum=header.checksum ^ flip)
         good = (
             ticket
             and sequence == len(ticket["headers"])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import kv_transfer
-from kv_transfer.base import BlockMemory, ChunkHeader, ObjectStore, Outgoing
+from kv_transfer.base import BlockMemory, ChunkHeader, Endpoint, Link, ObjectStore, Outgoing
 from kv_transfer.checksum import crc32c
 from kv_transfer.receiver import Receiver
 from protos.grpc_options import SERVER_OPTIONS
@@ -47,6 +47,7 @@ class Pair:
     target: BlockMemory
     receiver: Receiver
     sender: kv_transfer.base.Sender
+    link: kv_transfer.base.Link
     address: str
     grants: list[tuple[bytes, Sequence[int], int]] = field(default_factory=list)
 
@@ -56,7 +57,11 @@ class Pair:
         return self.receiver.grant(owner, SOURCE, block_ids, first_block, lease_s)
 
     def open(self, transfer_id: bytes, max_chunk_bytes: int | None = None) -> Outgoing:
-        return self.sender.open(self.address, transfer_id, max_chunk_bytes)
+        return self.link.open(transfer_id, max_chunk_bytes)
+
+    async def connect(self, address: str) -> Link:
+        """Another way out of the sender: through a proxy, or to nobody."""
+        return await self.sender.connect(address, Endpoint(self.link.transport))
 
     async def received(self, num_bytes: int) -> None:
         """Returns when the receiver has placed that many bytes."""
@@ -102,7 +107,8 @@ async def transfer_pair(
     await server.start()
     sender = kv_transfer.create_sender(transport, source, SOURCE, object_store, max_chunk_bytes, progress_s)
     try:
-        yield Pair(source, target, receiver, sender, address)
+        link = await sender.connect(address, Endpoint(transport))
+        yield Pair(source, target, receiver, sender, link, address)
         receiver.check()
     finally:
         await sender.close()

@@ -7,6 +7,7 @@ python -m tests.transfer_peer receive                               prints addre
 import asyncio
 import sys
 
+from kv_transfer.base import Endpoint
 from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, make_memory, transfer_pair
 
 
@@ -14,7 +15,8 @@ async def send(address: str, transfer_id: bytes, num_chunks: int) -> None:
     import kv_transfer
 
     sender = kv_transfer.create_sender("grpc", make_memory(32, seed=1), SOURCE)
-    outgoing = sender.open(address, transfer_id, max_chunk_bytes=LAYER_OFFSETS[-1])
+    link = await sender.connect(address, Endpoint("grpc"))
+    outgoing = link.open(transfer_id, max_chunk_bytes=LAYER_OFFSETS[-1])
     if num_chunks:
         outgoing.push(range(num_chunks), 0, 0, NUM_LAYERS)
     print("pushed", flush=True)

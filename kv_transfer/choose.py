@@ -1,0 +1,46 @@
+"""Which transport a pair of workers uses, decided by the sender at the handshake.
+
+    auto   local > cuda_ipc > nixl > grpc     the first that both have and whose locality is equal
+    NAME   that one, or none
+
+ray_store is used where it is asked for only: it is hardly faster than grpc (docs/performance.md).
+"""
+
+from collections.abc import Mapping, Sequence
+
+from kv_transfer.base import Endpoint
+
+AUTO = "auto"
+ORDER = ("local", "cuda_ipc", "nixl", "grpc")
+NAMES = (*ORDER, "ray_store")
+ONE_SIDED = frozenset(("cuda_ipc", "nixl"))
+_APART = {"local": "the workers are different processes", "cuda_ipc": "the workers are on different hosts"}
+
+
+def wanted(setting: str) -> tuple[str, ...]:
+    """Transports a setting allows, best first. ValueError names the range."""
+    if setting != AUTO and setting not in NAMES:
+        raise ValueError(f"transport {setting!r}: must be one of {', '.join((AUTO, *NAMES))}")
+    return ORDER if setting == AUTO else (setting,)
+
+
+def candidates(
+    setting: str, mine: Mapping[str, str], missing: Mapping[str, str], endpoints: Sequence[Endpoint]
+) -> tuple[list[Endpoint], list[str]]:
+    """Endpoints to try, best first, and why each better or other one is left out.
+
+    `mine`: our locality for every transport we have; `missing`: why we do not have the others.
+    """
+    offered = {endpoint.transport: endpoint for endpoint in endpoints}
+    chosen, left_out = [], []
+    for name in wanted(setting):
+        endpoint = offered.get(name)
+        if name not in mine:
+            left_out.append(f"{name}: {missing.get(name, 'not here')}")
+        elif endpoint is None:
+            left_out.append(f"{name}: the receiver has none")
+        elif endpoint.locality and endpoint.locality != mine[name]:
+            left_out.append(f"{name}: {_APART.get(name, 'out of its reach')}")
+        else:
+            chosen.append(endpoint)
+    return chosen, left_out

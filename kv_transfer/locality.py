@@ -1,0 +1,48 @@
+"""What two workers must share for a transport to work between them: a process, or a host.
+
+host       boot id of the kernel                         equal: one machine, one driver
+process    boot id / pid namespace : pid : start time    equal: one process; the start time tells a reused pid apart
+"""
+
+import os
+from pathlib import Path
+
+
+def host() -> str:
+    """Equal in all processes of one machine until it is booted again; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def process() -> str:
+    """This process, among all that ever ran."""
+    pid = os.getpid()
+    return f"{_scope()}:{pid}:{_started(pid)}"
+
+
+def is_gone(name: str) -> bool:
+    """Whether the process that gave itself this name has ended. False when it cannot be told from here."""
+    scope, _, rest = name.rpartition(":")[0].rpartition(":")
+    pid, started = rest, name.rpartition(":")[2]
+    if not scope or scope != _scope() or not pid.isdigit():
+        return False
+    return _started(int(pid)) != started
+
+
+def _scope() -> str:
+    """Where a pid means one process: this boot and pid namespace."""
+    try:
+        return f"{host()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """In ticks since boot; empty for a pid that nobody has, or a zombie: its memory and devices are let go."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,103 @@
+"""One grant of pages, and how far its filling has come. The Receiver owns it; every field is guarded by `lock`.
+
+    grant() ──► GRANTED ──begin()──► RECEIVING ──commit() agrees──► COMPLETE
+                   │                     │
+                   │   bad or missing chunk, stream broken, manifest differs, lease over at commit
+                   │                     ▼
+                   ├──────────────►   FAILED          takes nothing more; its pages still belong to its owner
+                   │                     │
+                   └─────────┬───────────┘
+              release() ──► RELEASED
+       expire(), lease over ──► EXPIRED
+
+GRANTED, RECEIVING and FAILED are live: the owner's pages are held, and exactly one of commit, release and expire will
+say that they no longer are. The other three are tombstones, kept (a bounded number) to answer what comes late.
+"""
+
+import asyncio
+import contextlib
+import threading
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from kv_transfer.base import ChunkHeader, Manifest, ManifestBuilder, Placement, TransferBroken, TransferError
+from kv_transfer.memory import BlockMemory
+
+
+class State(Enum):
+    GRANTED = "granted"
+    RECEIVING = "receiving"
+    FAILED = "failed"
+    COMPLETE = "complete"
+    RELEASED = "released"
+    EXPIRED = "expired"
+
+
+LIVE = frozenset((State.GRANTED, State.RECEIVING, State.FAILED))
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    transfer_id: bytes
+    owner: str
+    source: tuple[str, str]
+    block_ids: tuple[int, ...]  # page of each logical block
+    first_block: int
+    lease_s: float
+    expires_s: float  # on the receiver's clock
+    covered: np.ndarray  # bool [num_blocks - first_block, num_layers]
+    placement: Placement | None  # set: one-sided
+    writer: str  # its process
+    num_covered: int = 0
+    state: State = State.GRANTED
+    received: ManifestBuilder = field(default_factory=ManifestBuilder)
+    ended: bool = False  # the sender's stream ended with the right counts
+    manifest: Manifest | None = None  # of the first commit
+    error: TransferError | None = None
+    progressed_s: float = float("-inf")
+    waiters: list[asyncio.Future] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def waiter(self) -> asyncio.Future:
+        """A future of the running loop that the next `wake` resolves."""
+        waiter = asyncio.get_running_loop().create_future()
+        self.waiters.append(waiter)
+        return waiter
+
+    def wake(self) -> None:
+        """Lets everyone who waits for this ticket look again, on their own loops."""
+        for waiter in self.waiters:
+            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there
+                waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
+        self.waiters.clear()
+
+    def cells(
+        self, memory: BlockMemory, header: ChunkHeader, num_bytes: int, covered: np.ndarray, num_before: int
+    ) -> np.ndarray:
+        """The part of `covered` that the chunk fills, after checking that it may; `num_before` are being checked."""
+        if header.sequence != self.received.num_chunks + num_before:
+            raise TransferBroken(f"chunk {header.sequence} came: {self.received.num_chunks + num_before} was next")
+        layer_stop, block_stop = header.layer_start + header.layer_count, header.block_start + header.block_count
+        num_layers, num_blocks = memory.num_layers, len(self.block_ids)
+        if not 0 <= header.layer_start < layer_stop <= num_layers:
+            raise TransferBroken(f"layers [{header.layer_start}, {layer_stop}): must lie in [0, {num_layers})")
+        if not self.first_block <= header.block_start < block_stop <= num_blocks:
+            raise TransferBroken(
+                f"blocks [{header.block_start}, {block_stop}): must lie in [{self.first_block}, {num_blocks})"
+            )
+        expected = header.block_count * memory.width(header.layer_start, layer_stop)
+        if not num_bytes == header.num_bytes == expected:
+            raise TransferBroken(f"{num_bytes} bytes came, {header.num_bytes} announced: must be {expected}")
+        cells = covered[
+            header.block_start - self.first_block : block_stop - self.first_block, header.layer_start : layer_stop
+        ]
+        if cells.any():
+            raise TransferBroken(f"chunk {header.sequence} overlaps an earlier one")
+        return cells
+
+
+def _resolve(waiter: asyncio.Future) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
