@@ -32,7 +32,7 @@ class Handoff:
         self.reservation = future.result()
         self.a.grant(self.request.id, self.reservation.num_cached_tokens // self.b.layout.block_size)
 
-    def ready(self, block_ids, block_start, layer_start, layer_stop) -> None:
+    def ready(self, block_ids, block_start, layer_start, layer_stop, after=None) -> None:
         self.calls.append((block_start, len(block_ids), layer_start, layer_stop))
         start, stop = (self.a.layout.layer_offsets[layer] for layer in (layer_start, layer_stop))
         for i, block_id in enumerate(block_ids, start=block_start):
@@ -72,6 +72,6 @@ class Silent:
             for name in list(self.engine._sinks):
                 self.engine.grant(name, 0)
 
-    def ready(self, block_ids, block_start, layer_start, layer_stop) -> None:
+    def ready(self, block_ids, block_start, layer_start, layer_stop, after=None) -> None:
         if self.fail_at == "ready":
             raise OSError("broken pipe")

@@ -105,7 +105,7 @@ class Sink:
     def wanted(self) -> None:
         self.engine.grant(self.request.id, 0)
 
-    def ready(self, block_ids, block_start, layer_start, layer_stop) -> None:
+    def ready(self, block_ids, block_start, layer_start, layer_stop, after=None) -> None:
         self.calls.append((list(block_ids), block_start, layer_start, layer_stop))
 
 
