@@ -168,7 +168,13 @@ async def offering(s: Service) -> AsyncIterator[kv_grpc.KvTransferServiceStub]:
 def an_offer(s: Service, num_tokens: int = 48, **fields) -> kv.OfferRequest:
     tokens = range(num_tokens)
     return kv.OfferRequest(
-        **{"source": s.worker("decode").me, "target": s.worker("prefill").me, "token_ids": tokens, **fields}
+        **{
+            "source": s.worker("decode").me,
+            "target": s.worker("prefill").me,
+            "token_ids": tokens,
+            "transport": "grpc",
+            **fields,
+        }
     )
 
 

@@ -73,7 +73,7 @@ def test_a_wrong_chunk_fails_the_transfer(receiver: Receiver, change: dict, erro
     with pytest.raises(kind, match=error):
         receiver.chunk(transfer_id, replace(header, **change), pages)
     elsewhere = torch.ones(16, dtype=torch.bool)
-    elsewhere[5] = "crc32c" not in change  # what is checked is what landed, in a page that stays the ticket's own
+    elsewhere[5] = "checksum" not in change  # what is checked is what landed, in a page that stays the ticket's own
     assert before[elsewhere].equal(receiver.memory.slab[elsewhere])
     before = receiver.memory.slab.clone()
     with pytest.raises(kind, match=error):  # nor anything after it
