@@ -86,13 +86,14 @@ def up(
     error if it cannot start, or with what a worker waits for, and then leaves nothing behind.
     """
     from cluster import client, launch
+    from cluster.starting import Starting
 
     config = _load(file, overrides, model=model, load_format=load_format, name=name)
     _warn_if_public(config)
     launch.connect(_say, start=True, transport=config.transport)
     try:
-        with _out.status(escape(f"bringing up {config.model.name}")):
-            deployment = launch.up(config, _say, wait)
+        with Starting(_out, f"bringing up {config.model.name}") as say:
+            deployment = launch.up(config, say, wait)
     except BaseException:
         launch.stop_local_ray(_say)
         raise
@@ -309,19 +310,20 @@ def _questions() -> Iterator[str]:
 def _follow(deployment: "Deployment") -> None:
     """Prints what changes until the pools have their sizes. LaunchError if a worker cannot start."""
     from cluster.launch import LaunchError, is_settled, parts
+    from cluster.starting import Starting
 
     seen: dict[str, tuple[str, str]] = {part["id"]: ("ready", "") for part in parts(deployment.status())}
     started = time.monotonic()
-    with _out.status("scaling"):
+    with Starting(_out, "scaling") as say:
         for status in deployment.changes():
             now = {part["id"]: (part["state"], part["detail"]) for part in parts(status)}
             for worker, (state, detail) in now.items():
                 if seen.get(worker) != (state, detail):
-                    _say(f"{worker:<12} {state:<9} {detail}".rstrip())
+                    say(f"{worker:<12} {state:<9} {detail}".rstrip())
                 if state == "failed":
                     raise LaunchError(f"{worker} did not start: {detail}; it is tried again until you scale back")
             for worker in seen.keys() - now.keys():
-                _say(f"{worker:<12} gone")
+                say(f"{worker:<12} gone")
             seen = now
             if is_settled(status):
                 break

@@ -19,6 +19,7 @@ from cluster.cli import known_errors
 from cluster.client import Answer, Client, chat_request, summary
 from cluster.config_file import load
 from cluster.models import DEMO_MODEL
+from cluster.starting import Starting
 from protos.inference_pb2 import GenerateRequest, SamplingParams
 
 CHAT = "Explain in three sentences why the sky is blue."
@@ -45,8 +46,8 @@ def main(
         config = load(None, overrides)
         launch.connect(_say, start=True, transport=config.transport, join_running=False)
         try:
-            with _out.status("bringing up one prefill and one decode worker"):
-                deployment = launch.up(config, _say)
+            with Starting(_out, "bringing up one prefill and one decode worker") as say:
+                deployment = launch.up(config, say)
             try:
                 _ask(deployment.status()["router"]["address"])
             finally:

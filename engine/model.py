@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from engine.fuse import FusedModel
 from engine.kv_layout import LayerShape
 from engine.linear import use_onednn
 from engine.paged_batch import PagedBatch
+from engine.progress import making, reading
 from engine.verify import VERIFY_BELOW, UnsupportedModel, compare, probe
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,12 @@ class Model:
         return logits if out is None else out.copy_(logits)
 
 
-def load(config: EngineConfig, device: torch.device, verify: bool | None = None) -> Model:
+def load(
+    config: EngineConfig,
+    device: torch.device,
+    verify: bool | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Model:
     """`verify` None: compare with the model's own attention if it has few parameters and is float32.
 
     Raises ValueError for a missing or unreadable directory, UnsupportedModel for a model we cannot compute rightly.
@@ -88,7 +95,7 @@ def load(config: EngineConfig, device: torch.device, verify: bool | None = None)
     dtype = _dtype(config.dtype, device, text)
     attention.register()
     try:
-        module = _build(config, path, hf_config, dtype, device)
+        module = _build(config, path, hf_config, dtype, device, progress)
         module.set_attn_implementation(attention.NAME)
     except UnsupportedModel:
         raise
@@ -167,14 +174,21 @@ def _ropes(text: Any) -> list[dict]:
 # ---------------------------------------------------------------- weights
 
 
-def _build(config: EngineConfig, path: Path, hf_config: Any, dtype: torch.dtype, device: torch.device):
+def _build(
+    config: EngineConfig,
+    path: Path,
+    hf_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[str], None],
+):
     from transformers import AutoModelForCausalLM
     from transformers.utils import is_accelerate_available
     from transformers.utils import logging as hf_logging
 
     if config.load_format == "dummy":
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.device(device):
+        with torch.random.fork_rng(devices=devices), torch.device(device), making(progress):
             torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(hf_config, dtype=dtype).eval()
     if not any(path.glob("*.safetensors")):
@@ -182,9 +196,10 @@ def _build(config: EngineConfig, path: Path, hf_config: Any, dtype: torch.dtype,
     straight = {"device_map": {"": device}} if device.type != "cpu" and is_accelerate_available() else {}
     hf_logging.disable_progress_bar()
     try:
-        module = AutoModelForCausalLM.from_pretrained(
-            path, config=hf_config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **straight
-        )
+        with reading(progress, path):
+            module = AutoModelForCausalLM.from_pretrained(
+                path, config=hf_config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **straight
+            )
     finally:
         hf_logging.enable_progress_bar()
     return module.to(device).eval()

@@ -66,7 +66,7 @@ class Runner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         started = time.monotonic()
-        self.model: Model = _load(config, self.device)
+        self.model: Model = _load(config, self.device, progress)
         self.load_s = time.monotonic() - started
         self.last_layer_at = started  # the clock of the last sign of life inside a step
         model = self.model
@@ -237,9 +237,9 @@ class Runner:
             ) from error
 
 
-def _load(config: EngineConfig, device: torch.device) -> Model:
+def _load(config: EngineConfig, device: torch.device, progress: Callable[[str], None]) -> Model:
     try:
-        return load(config, device)
+        return load(config, device, progress=progress)
     except torch.OutOfMemoryError:
         raise no_room_for_weights(config, device) from None
 
