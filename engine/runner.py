@@ -119,30 +119,18 @@ class Runner:
 
     def _start(self, steps: Steps, plan: Plan, reports: "list[_Report]") -> Handle:
         """The device path: returns when the step is launched."""
-
-        def on_layer(layer: int) -> None:
-            self.last_layer_at = time.monotonic()
-            due = [r for r in reports if (layer + 1) % r.stride == 0 or layer + 1 == self.layout.num_layers]
-            if due:
-                after = self.event()
-                for report in due:
-                    report.send(layer + 1, after)
-
-        return _InFlight(plan, steps.launch(plan, on_layer), reports)
+        tell = _Teller(self, reports)
+        flight = steps.launch(plan, tell)
+        tell.rest()
+        return _InFlight(plan, flight, reports)
 
     def _execute(self, plan: Plan, reports: "list[_Report]") -> Handle:
         """The reference: one step from end to end."""
-
-        def on_layer(layer: int) -> None:
-            self.last_layer_at = time.monotonic()
-            for report in reports:
-                if (layer + 1) % report.stride == 0 or layer + 1 == self.layout.num_layers:
-                    self._settle()
-                    report.send(layer + 1)
-
-        batch = Batch(plan.rows, self.cache, on_layer)
+        tell = _Teller(self, reports)
+        batch = Batch(plan.rows, self.cache, tell)
         logits = self.model.logits(batch)
         results = dict(zip(map(id, batch.rows), sample(logits, batch.rows, self.model.info.eos_token_ids), strict=True))
+        tell.rest()
         return _Done(_in_order(plan, results, reports))
 
     def apply(self, memory_ops: list[tuple[int | None, int]]) -> None:
@@ -267,6 +255,29 @@ def _in_order(plan: Plan, results: dict[int, RowResult], reports: "list[_Report]
     return [results[id(row)] for row in plan.rows]
 
 
+class _Teller:
+    """Called with each layer whose KV is being written. Sinks hear of it when the next one comes: a step's memory has
+    its peak behind the attention of its first layer, and what was told would not be computed again (engine/shrink.py).
+    """
+
+    def __init__(self, runner: Runner, reports: "list[_Report]"):
+        self._runner, self._reports = runner, reports
+        self._held: tuple[int, Any] | None = None  # the layer that ends a stretch, and the event behind it
+
+    def __call__(self, layer: int) -> None:
+        self._runner.last_layer_at = time.monotonic()
+        self.rest()
+        if any(report.is_due(layer + 1) for report in self._reports):
+            self._held = layer + 1, self._runner.event()
+
+    def rest(self) -> None:
+        if self._held is not None:
+            (stop, after), self._held = self._held, None
+            for report in self._reports:
+                if report.is_due(stop):
+                    report.send(stop, after)
+
+
 class _Report:
     """Reports one row's final blocks, a stretch of layers at a time. A sink's exception fails only its request."""
 
@@ -278,9 +289,12 @@ class _Report:
         self.block_ids = tuple(row.sequence.block_ids[self.start : stop])
         per_layer = max(1, len(self.block_ids) * layout.block_bytes // layout.num_layers)
         self.stride = min(layout.num_layers, -(-REPORT_BYTES // per_layer))
-        self.layer = 0
+        self.layer, self._num_layers = 0, layout.num_layers
 
-    def send(self, layer_stop: int, after: Any = None) -> None:
+    def is_due(self, layer_stop: int) -> bool:
+        return layer_stop % self.stride == 0 or layer_stop == self._num_layers
+
+    def send(self, layer_stop: int, after: Any) -> None:
         try:
             if self.error is None:
                 self.sink.ready(self.block_ids, self.start, self.layer, layer_stop, after)

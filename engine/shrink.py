@@ -7,8 +7,8 @@ What makes that safe:
 - A sink is the exception: bytes it was told of may be on the wire, and the same tokens in chunks of another size may
   give other bits. So a row of which any layer was announced is not computed again: its request fails, and another
   attempt sends everything anew. Rows of which nothing was announced are announced as they are computed in the end,
-  each block and layer once. Memory runs out in a step's first layer, where its peak is, or in its logits, so the
-  first kind is rare.
+  each block and layer once. Memory runs out in a step's first layer, where its peak is, and sinks hear of a layer
+  when the next one is launched, so the first kind is rare.
 - Tokens that only the device knew are taken in before: smaller steps overwrite them there.
 """
 

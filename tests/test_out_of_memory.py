@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine.runner
 from engine.request import Request, SamplingParams
 from engine.sequence import Row, RowResult
 from engine.sequence import Sequence as Seq
@@ -135,8 +136,9 @@ def test_one_refusal_anywhere_changes_no_token(llama: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_sink_hears_of_each_block_and_layer_once(wide: Path, path: str) -> None:
+def test_a_sink_hears_of_each_block_and_layer_once(wide: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`Handoff.finish` counts; what was refused in the first layer had not been told to anyone."""
+    monkeypatch.setattr(engine.runner, "REPORT_BYTES", 1)
     requests = [sampled(f"s{n}", prompt(n, n), num_sequences=2) for n in (31, 64, 150)]
     expected = run(wide, requests).outputs
     la, lb = Listener(), Listener()
@@ -158,8 +160,6 @@ def test_a_sink_hears_of_each_block_and_layer_once(wide: Path, path: str) -> Non
 @pytest.mark.parametrize("path", PATHS)
 def test_announced_kv_is_never_written_again(llama: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory runs out after two layers were told to a sink: that request fails, those beside it do not."""
-    import engine.runner
-
     monkeypatch.setattr(engine.runner, "REPORT_BYTES", 1)
     request, others = greedy("sink", prompt(40, 1), 9), [greedy(f"o{i}", prompt(9 + i, i), 30) for i in range(3)]
     expected = run(llama, others).outputs
