@@ -104,9 +104,6 @@ class Pools(Section):
         problem = missing_half({name: self[name].replicas for name in ROLES})
         if problem:
             raise ValueError(problem)
-        sizes = {name: self[name].block_size for name in ROLES if self[name].replicas}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"block_size must agree, since KV blocks move between the pools as they are; got {sizes}")
         return self
 
     def __getitem__(self, name: PoolName) -> PoolConfig:

@@ -30,6 +30,7 @@ from kv_transfer.guards import Guards
 from kv_transfer.memory import BlockMemory
 from kv_transfer.placement import placement_from_pb
 from kv_transfer.receiver import Receiver
+from kv_transfer.relayout import Tiles
 from kv_transfer.writers import Writers
 from prefill_worker.offers import Offers
 from prefill_worker.peers import Peers
@@ -86,7 +87,7 @@ class Worker:
         self.progress = "loading"
         self.engine = await asyncio.to_thread(Engine, self._engine_config, dispatcher.on_events, self._say)
         engine = self.engine
-        memory = BlockMemory(engine.slab, engine.layout.layer_offsets)
+        memory = _memory(engine)
         layout = engine.layout.to_pb()
 
         self._receiver = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
@@ -94,7 +95,7 @@ class Worker:
             self._transport, self._receiver, (self.me.worker_id, self.me.incarnation), self._object_store
         )
         self._peers = Peers(self.me, layout, self._transports)
-        writers = Writers(self._transports)
+        writers = Writers(self._transports, memory.block_size)
         self._prefill = PrefillServicer(engine, dispatcher, self._peers)
         self._offers = Offers(engine, self._receiver, self._peers, writers, is_open=self._kv_return)
         self._returns = Returns(engine, self._peers, is_on=self._kv_return)
@@ -216,7 +217,12 @@ class Worker:
         if after is not None:
             after.record()
         peer = await self._peers.connect(self._peers.find(target_worker_id))
-        request = kv.CanaryRequest(source=self.me, num_blocks=len(block_ids), transport=peer.link.transport)
+        request = kv.CanaryRequest(
+            source=self.me,
+            num_blocks=len(block_ids),
+            transport=peer.link.transport,
+            block_size=self.engine.layout.block_size,
+        )
         granted = await peer.stub.Canary(request, timeout=_CANARY_S)
         started = time.perf_counter()
         outgoing = peer.link.open(granted.transfer_id, placement=placement_from_pb(granted))
@@ -268,3 +274,10 @@ class Worker:
 
     def _say(self, line: str) -> None:
         self.progress = line
+
+
+def _memory(engine: Engine) -> BlockMemory:
+    """The engine's pool as transports see it."""
+    layout = engine.layout
+    tiles = tuple(tuple(Tiles(*entry) for entry in layer) for layer in layout.tiles)
+    return BlockMemory(engine.slab, layout.layer_offsets, layout.block_size, tiles)

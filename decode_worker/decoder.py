@@ -88,10 +88,11 @@ class Decoder:
 
     # From the prefill worker
 
-    async def reserve(self, run: Run, num_tokens: int) -> Reservation:
-        """Waits in the engine's queue. Raises ValueError if it can never fit, CancelledError when the run ends."""
+    async def reserve(self, run: Run, num_tokens: int, cached_multiple: int) -> Reservation:
+        """Waits in the engine's queue; what is cached already ends at a multiple of `cached_multiple` tokens. Raises
+        ValueError if it can never fit, CancelledError when the run ends."""
         run.state = RunState.RESERVING
-        return await asyncio.wrap_future(self.engine.reserve(run.owner, run.request, num_tokens))
+        return await asyncio.wrap_future(self.engine.reserve(run.owner, run.request, num_tokens, cached_multiple))
 
     async def adopt(self, run: Run, first_tokens: Sequence[FirstToken]) -> None:
         """The KV is verified: make it visible and decode. Raises KeyError if the run ended meanwhile."""

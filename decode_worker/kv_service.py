@@ -131,7 +131,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         writer = self._writers.find(request)
         run = await self._expected(request)
         try:
-            reservation = await self._decoder.reserve(run, request.num_tokens)
+            reservation = await self._decoder.reserve(run, request.num_tokens, request.block_size)
         except ValueError as error:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         except asyncio.CancelledError:
@@ -152,6 +152,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             first_block=reservation.num_cached_tokens // block_size,
             lease_s=LEASE_S,
             writer=writer,
+            sent=(request.block_size, request.num_tokens),
         )
         self._decoder.runs.granted(run, transfer_id)
         return kv.ReserveResponse(
@@ -224,7 +225,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
     async def _grant_canary(self, request: kv.CanaryRequest) -> kv.CanaryResponse:
         engine, writer = self._decoder.engine, self._writers.find(request)
         owner = f"canary:{uuid.uuid4().hex}"
-        probe = canary_request(owner, request.num_blocks * engine.layout.block_size - 1)
+        probe = canary_request(owner, request.num_blocks * request.block_size - 1)
         try:
             reservation = await asyncio.wrap_future(engine.reserve(owner, probe, len(probe.token_ids)))
         except ValueError as error:
@@ -233,11 +234,11 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             engine.release(owner)
             raise
         source = (request.source.worker_id, request.source.incarnation)
-        blocks = reservation.block_ids[: request.num_blocks]
-        transfer_id = self._decoder.receiver.grant(owner, source, blocks, 0, LEASE_S, writer)
+        sent = (request.block_size, len(probe.token_ids))
+        transfer_id = self._decoder.receiver.grant(owner, source, reservation.block_ids, 0, LEASE_S, writer, sent)
         self._canaries[transfer_id] = owner
         placement = placement_to_pb(self._decoder.receiver.placement(transfer_id))
-        return kv.CanaryResponse(transfer_id=transfer_id, num_blocks=len(blocks), placement=placement)
+        return kv.CanaryResponse(transfer_id=transfer_id, num_blocks=request.num_blocks, placement=placement)
 
     def expire(self, owners: set[str]) -> None:
         """The tickets of these owners have ended: canaries and offers among them give their pages back."""

@@ -26,6 +26,7 @@ from engine.prefix import block_hashes
 from engine.wire import token_hash
 from kv_transfer.base import TransferError
 from kv_transfer.placement import placement_from_pb
+from kv_transfer.relayout import whole_blocks
 from prefill_worker.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
 from protos import kv_transfer_pb2 as kv
 
@@ -129,9 +130,10 @@ class Returns:
         block_size = self._engine.layout.block_size
         hashes = block_hashes(turn.token_ids, block_size, turn.namespace)
         block_ids = await asyncio.wrap_future(self._engine.retain(owner, hashes))
+        token_ids = turn.token_ids[: whole_blocks(len(block_ids) * block_size, block_size, peer.block_size)]
+        block_ids = block_ids[: len(token_ids) // block_size]
         if len(block_ids) <= turn.num_prompt_blocks:
             return False
-        token_ids = turn.token_ids[: len(block_ids) * block_size]
         try:
             granted = await peer.stub.Offer(
                 kv.OfferRequest(
@@ -140,6 +142,7 @@ class Returns:
                     token_ids=token_ids,
                     cache_namespace=turn.namespace,
                     transport=peer.link.transport,
+                    block_size=block_size,
                 ),
                 timeout=OFFER_TIMEOUT_S,
             )

@@ -153,7 +153,8 @@ class Admission:
         growth = num_growth_blocks(n, entry.num_tokens, self.blocks.block_size)
         if not self._has_seats(n):
             return None
-        blocks = self.blocks.take(request, request.token_ids, [], entry.num_tokens, growth + self.headroom)
+        spare = growth + self.headroom
+        blocks = self.blocks.take(request, request.token_ids, [], entry.num_tokens, spare, entry.align)
         if blocks is None:
             return None
         num_hits, block_ids, hashes = blocks

@@ -1,5 +1,6 @@
 """Which blocks a prompt takes, and which of them others may find again: the scheduler's arithmetic over the pool."""
 
+import math
 from collections.abc import Sequence as Seq
 
 from engine.block_pool import BlockPool
@@ -20,22 +21,30 @@ class Allocator:
         self.late: list[tuple[Plan, list[int], bool]] = []  # blocks to release after that plan, and whether to wipe
 
     def take(
-        self, request: Request, token_ids: Seq[int], hashes: list[bytes], num_tokens: int, spare: int
+        self, request: Request, token_ids: Seq[int], hashes: list[bytes], num_tokens: int, spare: int, align: int = 1
     ) -> tuple[int, list[int], list[bytes]] | None:
         """(number of hits, blocks, hashes) for `num_tokens`, if `spare` blocks remain after it; else None.
 
-        Hits stop at the last whole block of the first n - 1 tokens: the last token is always computed, for its logits.
+        Hits stop at the last whole block of the first n - 1 tokens: the last token is always computed, for its logits;
+        and at a multiple of `align` blocks.
         """
         hits: list[int] = []
         if self.caches(request):
             hashes = block_hashes(token_ids, self.block_size, request.namespace, hashes)
-            hits = self.pool.match(hashes[: (len(token_ids) - 1) // self.block_size])
+            hits = self.match(hashes[: (len(token_ids) - 1) // self.block_size], align)
         needed = self.num_blocks(num_tokens) - len(hits)
         fresh = self.pool.allocate(needed) if needed + spare <= self.pool.num_free else None
         if fresh is None:
             self.pool.release(hits)
             return None
         return len(hits), hits + fresh, hashes
+
+    def match(self, hashes: Seq[bytes], align: int) -> list[int]:
+        """The cached blocks of the longest known prefix of `hashes`, a multiple of `align`, with a reference each."""
+        hits = self.pool.match(hashes)
+        whole = len(hits) // align * align
+        self.pool.release(hits[whole:])
+        return hits[:whole]
 
     def commit(self, sequence: Sequence) -> None:
         """Offers the blocks filled so far to the prefix cache. Their logits were finite, or their manifest verified."""
@@ -78,6 +87,10 @@ class Allocator:
         self.late = [entry for entry in self.late if entry[0] is not plan]
         for _, block_ids, wipe in due:
             self.release(block_ids, wipe)
+
+    def align(self, num_tokens: int) -> int:
+        """The fewest blocks whose tokens are a multiple of `num_tokens`."""
+        return math.lcm(num_tokens, self.block_size) // self.block_size
 
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -134,18 +134,19 @@ class Engine:
         """A sink prompt's receiver has pages for it, and already holds the logical blocks before `first_block`."""
         self._do(lambda: self._scheduler.grant(request_id, first_block))
 
-    def reserve(self, owner: str, request: Request, num_tokens: int) -> "Future[Reservation]":
+    def reserve(self, owner: str, request: Request, num_tokens: int, cached_multiple: int = 1) -> "Future[Reservation]":
         """Asks for pages for `num_tokens` >= len(token_ids), and room for one more token of each sequence.
 
         Granted in order of priority, then first come first served, after preempted sequences, never by preempting.
-        `block_ids` covers exactly `num_tokens`; the room to grow stays inside. ValueError at once if it can never fit;
+        `block_ids` covers exactly `num_tokens`, of which the cached ones, pinned at the front, are a multiple of
+        `cached_multiple`; the room to grow stays inside. ValueError at once if it can never fit;
         `release(owner)` takes the question back.
         """
         self._limits.check_reserve(request, num_tokens)
         future: Future[Reservation] = Future()
 
         def ask() -> None:
-            self._scheduler.reserve(owner, request, num_tokens)
+            self._scheduler.reserve(owner, request, num_tokens, cached_multiple)
             self._grants[owner] = future
 
         self._do(ask, future)
@@ -175,12 +176,16 @@ class Engine:
         """
         return self._ask(lambda: self._scheduler.loans.retain(owner, hashes))
 
-    def reserve_cache(self, owner: str, hashes: Sequence[bytes]) -> "Future[Reservation | None]":
+    def reserve_cache(
+        self, owner: str, hashes: Sequence[bytes], cached_multiple: int = 1
+    ) -> "Future[Reservation | None]":
         """Blocks for all of `hashes`, to be filled behind `num_cached_tokens` and then made cache entries by `insert`.
 
         Answered at once, as no request may wait for it: None while blocks are short. `release` gives them back.
         """
-        return self._ask(lambda: self._scheduler.loans.reserve(owner, hashes))
+        return self._ask(
+            lambda: self._scheduler.loans.reserve(owner, hashes, self._scheduler.blocks.align(cached_multiple))
+        )
 
     def insert(self, owner: str) -> "Future[None]":
         """The blocks of `reserve_cache` hold their KV, verified: the prefix cache has them now. KeyError: released."""

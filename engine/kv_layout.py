@@ -71,13 +71,22 @@ class KVLayout:
         return tuple(accumulate(sizes, initial=0))
 
     @property
+    def tiles(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Of each layer its K and its V: number of tiles [block_size, dim], bytes of a token's row in one."""
+        item = ITEM_BYTES[self.dtype]
+        return tuple(tuple((g.num_kv_heads, dim * item) for dim in (g.key_dim, g.value_dim)) for g in self.layers)
+
+    @property
     def block_bytes(self) -> int:
         return self.layer_offsets[-1]
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all of the above in canonical JSON."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """SHA-256 over what the bytes mean, in canonical JSON: all of the above but the size of blocks, into which the
+        same bytes can be laid anew."""
+        meaning = asdict(self)
+        del meaning["block_size"]
+        canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_pb(self) -> pb.KvLayout:

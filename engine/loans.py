@@ -41,9 +41,10 @@ class Loans:
         self._loans[owner] = loan
         return tuple(loan.block_ids)
 
-    def reserve(self, owner: str, hashes: Seq[bytes]) -> Reservation | None:
-        """Blocks for all of `hashes`: those cached already, pinned, and fresh ones behind them to fill. None: busy."""
-        loan = self._match(owner, hashes)
+    def reserve(self, owner: str, hashes: Seq[bytes], align: int = 1) -> Reservation | None:
+        """Blocks for all of `hashes`: those cached already, a multiple of `align`, pinned, and fresh ones behind them
+        to fill. None: busy."""
+        loan = self._match(owner, hashes, align)
         needed = len(hashes) - loan.num_cached
         is_cheap = not self._admission.has_waiting and needed + self._spare <= self._pool.num_free
         is_allowed = self._admission.blocks.enable_prefix_caching and (is_cheap or not needed)
@@ -95,8 +96,8 @@ class Loans:
     def _spare(self) -> int:
         return self._admission.headroom + self._pool.num_blocks // FREE_SHARE
 
-    def _match(self, owner: str, hashes: Seq[bytes]) -> Loan:
+    def _match(self, owner: str, hashes: Seq[bytes], align: int = 1) -> Loan:
         if owner in self._loans:
             raise ValueError(f"owner: {owner!r} has a loan already")
-        block_ids = self._pool.match(hashes)
+        block_ids = self._admission.blocks.match(hashes, align)
         return Loan(block_ids, len(block_ids), list(hashes))

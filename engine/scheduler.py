@@ -85,11 +85,12 @@ class Scheduler:
         if run is not None and run.live and run.live[0].gate is not Gate.OPEN:
             run.live[0].gate, run.live[0].num_reported = Gate.OPEN, first_block
 
-    def reserve(self, owner: str, request: Request, num_tokens: int) -> None:
-        """Queue for pages; a later plan's `granted` has the answer."""
+    def reserve(self, owner: str, request: Request, num_tokens: int, cached_multiple: int = 1) -> None:
+        """Queue for pages; a later plan's `granted` has the answer: its cached tokens are such a multiple."""
         if self.admission.is_reserving(owner):
             raise ValueError(f"owner: {owner!r} has a reservation already")
-        self.admission.enqueue(QueuedReservation(owner, request, num_tokens, next(self._arrivals)))
+        align = self.blocks.align(cached_multiple)
+        self.admission.enqueue(QueuedReservation(owner, request, num_tokens, next(self._arrivals), align))
 
     def adopt(self, owner: str, request: Request, first_tokens: Seq[FirstToken]) -> None:
         """The reserved blocks hold the prompt's KV now: they become cache entries and running sequences.

@@ -76,6 +76,7 @@ class QueuedReservation:
     request: Request
     num_tokens: int
     arrival: int
+    align: int  # blocks: prefix hits are a multiple of it
 
     @property
     def order(self) -> tuple[bool, int, int, int]:

@@ -14,6 +14,7 @@ AUTO = "auto"
 ORDER = ("local", "cuda_ipc", "nixl", "grpc")
 NAMES = (*ORDER, "ray_store")
 ONE_SIDED = frozenset(("cuda_ipc", "nixl"))
+EQUAL_BLOCKS = frozenset(("cuda_ipc", "nixl"))  # transports that do not lay blocks of another size anew
 _APART = {"local": "the workers are different processes", "cuda_ipc": "the workers are on different hosts"}
 
 
@@ -25,11 +26,16 @@ def wanted(setting: str) -> tuple[str, ...]:
 
 
 def candidates(
-    setting: str, mine: Mapping[str, str], missing: Mapping[str, str], endpoints: Sequence[Endpoint]
+    setting: str,
+    mine: Mapping[str, str],
+    missing: Mapping[str, str],
+    endpoints: Sequence[Endpoint],
+    has_equal_blocks: bool = True,
 ) -> tuple[list[Endpoint], list[str]]:
     """Endpoints to try, best first, and why each better or other one is left out.
 
-    `mine`: our locality for every transport we have; `missing`: why we do not have the others.
+    `mine`: our locality for every transport we have; `missing`: why we do not have the others; `has_equal_blocks`: the
+    receiver's blocks hold as many tokens as ours.
     """
     offered = {endpoint.transport: endpoint for endpoint in endpoints}
     chosen, left_out = [], []
@@ -41,6 +47,8 @@ def candidates(
             left_out.append(f"{name}: the receiver has none")
         elif endpoint.locality and endpoint.locality != mine[name]:
             left_out.append(f"{name}: {_APART.get(name, 'out of its reach')}")
+        elif name in EQUAL_BLOCKS and not has_equal_blocks:
+            left_out.append(f"{name}: the block sizes differ")
         else:
             chosen.append(endpoint)
     return chosen, left_out

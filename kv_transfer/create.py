@@ -74,10 +74,12 @@ class Transports:
             keep_freed_pages()
             server.add_generic_rpc_handlers((push_handler(self._receiver, self._object_store),))
 
-    async def connect(self, address: str, endpoints: Sequence[Endpoint]) -> Connection:
-        """The best link to the receiver at `address`. Raises TransferRefused when there is none."""
+    async def connect(self, address: str, endpoints: Sequence[Endpoint], block_size: int) -> Connection:
+        """The best link to the receiver at `address`, whose blocks hold `block_size` tokens. Raises TransferRefused
+        when there is none."""
+        has_equal_blocks = block_size == self._receiver.memory.block_size
         mine = {name: _locality(name) for name in self.speaks}
-        chosen, left_out = candidates(self._setting, mine, self.missing, endpoints)
+        chosen, left_out = candidates(self._setting, mine, self.missing, endpoints, has_equal_blocks)
         for endpoint in chosen:
             try:
                 link = await self._sender(endpoint.transport).connect(address, endpoint)

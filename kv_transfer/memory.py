@@ -1,13 +1,14 @@
 """A pool of KV blocks as transports see it: rows of bytes with a table of layer offsets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from kv_transfer.checksum import copy_crc32c, crc32c
+from kv_transfer.relayout import Tiles, copy_rows, runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class BlockMemory:
 
     slab: torch.Tensor  # uint8 [num_blocks, block_bytes]
     layer_offsets: tuple[int, ...]  # L + 1 byte offsets inside a block, ascending from 0
+    block_size: int = 0  # tokens per block; 0: unknown, and then peers' blocks must be alike
+    tiles: tuple[tuple[Tiles, ...], ...] = ()  # of each layer, where block_size is known
 
     def __post_init__(self) -> None:
         if self.slab.dtype != torch.uint8 or self.slab.dim() != 2 or not self.slab.is_contiguous():
@@ -35,6 +38,9 @@ class BlockMemory:
             raise ValueError(
                 f"layer_offsets {offsets}: must ascend from 0 to at most block_bytes = {self.slab.shape[1]}"
             )
+        widths = [sum(entry.num_tiles * entry.row_bytes for entry in layer) for layer in self.tiles]
+        if self.block_size and [width * self.block_size for width in widths] != np.diff(offsets).tolist():
+            raise ValueError(f"tiles of {widths} bytes a token in blocks of {self.block_size} are no {offsets}")
 
     @property
     def num_blocks(self) -> int:
@@ -44,9 +50,10 @@ class BlockMemory:
     def num_layers(self) -> int:
         return len(self.layer_offsets) - 1
 
-    def width(self, layer_start: int, layer_stop: int) -> int:
-        """Bytes of layers [layer_start, layer_stop) of one block."""
-        return self.layer_offsets[layer_stop] - self.layer_offsets[layer_start]
+    def width(self, layer_start: int, layer_stop: int, block_size: int = 0) -> int:
+        """Bytes of layers [layer_start, layer_stop) of one block, ours or one of `block_size` tokens."""
+        width = self.layer_offsets[layer_stop] - self.layer_offsets[layer_start]
+        return width // self.block_size * block_size if block_size else width
 
     def read(self, block_ids: Sequence[int], layer_start: int, layer_stop: int) -> list[np.ndarray]:
         """The layers' bytes, block after block: views of the pages on CPU, one staged copy on CUDA."""
@@ -86,4 +93,34 @@ class BlockMemory:
                 if filled == width:
                     block, filled = block + 1, 0
         assert block == len(block_ids) and filled == 0
+        return checksum
+
+    def write_anew(
+        self,
+        block_ids: Sequence[int],
+        block_start: int,
+        block_size: int,
+        layer_start: int,
+        layer_stop: int,
+        arrays: Sequence[np.ndarray],
+    ) -> int:
+        """Lays blocks of another size anew: `arrays`, laid end to end, are the layers of the logical blocks of
+        `block_size` tokens from `block_start` on. `block_ids` are the pages of our logical blocks 0, 1, ...; tokens
+        behind the last of them, which a partly filled block may have, are left out. Returns the crc32c of `arrays`."""
+        source = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        checksum = crc32c([source])
+        source = source.reshape(-1, self.width(layer_start, layer_stop, block_size))
+        stop = min((block_start + len(source)) * block_size, len(block_ids) * self.block_size)
+        rows = [
+            replace(run, source_block=run.source_block - block_start, target_block=block_ids[run.target_block])
+            for run in runs(block_start * block_size, stop, block_size, self.block_size)
+        ]
+        tiles = [entry for layer in self.tiles[layer_start:layer_stop] for entry in layer]
+        target = self.slab[:, self.layer_offsets[layer_start] : self.layer_offsets[layer_stop]]
+        if self.slab.is_cuda:
+            staged = torch.from_numpy(source).to(self.slab.device)
+            copy_rows(staged, block_size, target, self.block_size, tiles, rows)
+            torch.cuda.current_stream(self.slab.device).synchronize()
+        else:
+            copy_rows(source, block_size, target.numpy(), self.block_size, tiles, rows)
         return checksum

@@ -86,16 +86,26 @@ class Receiver:
         first_block: int,
         lease_s: float,
         writer: str | None = None,
+        sent: tuple[int, int] | None = None,
     ) -> bytes:
         """A ticket for `source` (worker id, incarnation) to fill `block_ids[first_block:]`, for `lease_s` from now.
 
         `block_ids` are the pages of the logical blocks 0, 1, ...; the caller holds them until the ticket ends, and out
         of quarantine. `writer`: the process that will write into them by itself (kv_transfer/locality.py), "" if it is
         not known; None: nobody will, chunks come as bytes. Raises MemoryError when there are no guards left.
+
+        `sent`: block size of the source and number of tokens it has in all, where its blocks are not of our size. It
+        sends the blocks of its own that hold the tokens from `first_block` on, which must begin with one.
         """
         assert 0 <= first_block <= len(block_ids) == len(set(block_ids)), (first_block, block_ids)
         assert all(0 <= block_id < self.memory.num_blocks for block_id in block_ids), block_ids
         transfer_id = secrets.token_bytes(TICKET_BYTES)
+        coming, size = range(first_block, len(block_ids)), 0
+        if sent is not None and sent[0] != self.memory.block_size:
+            size, num_tokens = sent
+            first_token = first_block * self.memory.block_size
+            assert writer is None and self.memory.tiles and first_token % size == 0, (sent, first_block)
+            coming = range(first_token // size, max(-(-num_tokens // size), first_token // size))
         placement = None
         if writer is not None:
             assert self._guards is not None, "one-sided transports need guards"
@@ -106,9 +116,11 @@ class Receiver:
             source=source,
             block_ids=tuple(block_ids),
             first_block=first_block,
+            sent=coming,
+            block_size=size,
             lease_s=lease_s,
             expires_s=self._clock() + lease_s,
-            covered=np.zeros((len(block_ids) - first_block, self.memory.num_layers), np.bool_),
+            covered=np.zeros((len(coming), self.memory.num_layers), np.bool_),
             placement=placement,
             writer=writer or "",
         )
@@ -142,13 +154,15 @@ class Receiver:
                 if header.num_bytes > self.max_chunk_bytes:
                     raise TransferBroken(f"chunk of {header.num_bytes} bytes: at most {self.max_chunk_bytes} allowed")
                 cells = ticket.cells(self.memory, header, sum(map(len, arrays)), ticket.covered, 0)
-                # What is checked is what landed: the pages are the ticket's alone until they are committed.
-                checksum = self.memory.write(
-                    ticket.block_ids[header.block_start : header.block_start + header.block_count],
-                    header.layer_start,
-                    header.layer_start + header.layer_count,
-                    arrays,
-                )
+                # Placed first, to check what landed: the pages are the ticket's alone until they are committed.
+                layers = header.layer_start, header.layer_start + header.layer_count
+                if ticket.block_size:
+                    checksum = self.memory.write_anew(
+                        ticket.block_ids, header.block_start, ticket.block_size, *layers, arrays
+                    )
+                else:
+                    block_ids = ticket.block_ids[header.block_start : header.block_start + header.block_count]
+                    checksum = self.memory.write(block_ids, *layers, arrays)
                 if checksum != header.checksum:
                     raise _differs(header)
             except TransferError as error:
@@ -313,8 +327,8 @@ class Receiver:
         for ticket in live.values():
             with ticket.lock:
                 assert ticket.num_covered == int(ticket.covered.sum())
-                offsets = self.memory.layer_offsets
-                widths = np.diff(np.array(offsets, np.int64))
+                layers = range(self.memory.num_layers)
+                widths = np.array([self.memory.width(i, i + 1, ticket.block_size) for i in layers], np.int64)
                 assert ticket.received.num_bytes == int((ticket.covered * widths).sum())
                 assert (ticket.error is not None) == (ticket.state is State.FAILED)
                 assert ticket.state is not State.GRANTED or ticket.received.num_chunks == 0

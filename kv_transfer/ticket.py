@@ -44,10 +44,12 @@ class Ticket:
     owner: str
     source: tuple[str, str]
     block_ids: tuple[int, ...]  # page of each logical block
-    first_block: int
+    first_block: int  # pages before it are not to be written
+    sent: range  # logical blocks to come, in the sender's size
+    block_size: int  # of the sender, 0: as ours
     lease_s: float
     expires_s: float  # on the receiver's clock
-    covered: np.ndarray  # bool [num_blocks - first_block, num_layers]
+    covered: np.ndarray  # bool [len(sent), num_layers]
     placement: Placement | None  # set: one-sided
     writer: str  # its process
     num_covered: int = 0
@@ -80,19 +82,17 @@ class Ticket:
         if header.sequence != self.received.num_chunks + num_before:
             raise TransferBroken(f"chunk {header.sequence} came: {self.received.num_chunks + num_before} was next")
         layer_stop, block_stop = header.layer_start + header.layer_count, header.block_start + header.block_count
-        num_layers, num_blocks = memory.num_layers, len(self.block_ids)
+        num_layers, sent = memory.num_layers, self.sent
         if not 0 <= header.layer_start < layer_stop <= num_layers:
             raise TransferBroken(f"layers [{header.layer_start}, {layer_stop}): must lie in [0, {num_layers})")
-        if not self.first_block <= header.block_start < block_stop <= num_blocks:
+        if not sent.start <= header.block_start < block_stop <= sent.stop:
             raise TransferBroken(
-                f"blocks [{header.block_start}, {block_stop}): must lie in [{self.first_block}, {num_blocks})"
+                f"blocks [{header.block_start}, {block_stop}): must lie in [{sent.start}, {sent.stop})"
             )
-        expected = header.block_count * memory.width(header.layer_start, layer_stop)
+        expected = header.block_count * memory.width(header.layer_start, layer_stop, self.block_size)
         if not num_bytes == header.num_bytes == expected:
             raise TransferBroken(f"{num_bytes} bytes came, {header.num_bytes} announced: must be {expected}")
-        cells = covered[
-            header.block_start - self.first_block : block_stop - self.first_block, header.layer_start : layer_stop
-        ]
+        cells = covered[header.block_start - sent.start : block_stop - sent.start, header.layer_start : layer_stop]
         if cells.any():
             raise TransferBroken(f"chunk {header.sequence} overlaps an earlier one")
         return cells

@@ -160,6 +160,7 @@ class Handoff:
                     target=self._target,
                     num_tokens=len(self._request.token_ids),
                     transport=self._peer.link.transport,
+                    block_size=self._engine.layout.block_size,
                 ),
                 timeout=self._reserve_timeout_s,
             )

@@ -11,6 +11,7 @@ namespace; that the bytes are that KV is the word of a member worker, as it is w
 """
 
 import asyncio
+import math
 import uuid
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class Offers:
         owner = f"offer:{uuid.uuid4().hex}"
         hashes = block_hashes(token_ids, block_size, request.cache_namespace)
         try:
-            reservation = await asyncio.wrap_future(self._engine.reserve_cache(owner, hashes))
+            reservation = await asyncio.wrap_future(self._engine.reserve_cache(owner, hashes, request.block_size))
         except asyncio.CancelledError:
             self._engine.release(owner)
             raise
@@ -76,6 +77,7 @@ class Offers:
             first_block=reservation.num_cached_tokens // block_size,
             lease_s=LEASE_S,
             writer=writer,
+            sent=(request.block_size, len(token_ids)),
         )
         self._granted[transfer_id] = Granted(owner, len(token_ids), token_hash(token_ids))
         return kv.OfferResponse(
@@ -126,7 +128,10 @@ class Offers:
             raise Refusal(grpc.StatusCode.PERMISSION_DENIED, text)
         if len(self._granted) >= MAX_AT_ONCE:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_AT_ONCE} offers are being taken in already")
-        length, block_size = len(request.token_ids), self._engine.layout.block_size
+        length, block_size = (
+            len(request.token_ids),
+            math.lcm(max(request.block_size, 1), self._engine.layout.block_size),
+        )
         info = self._engine.model_info
         if not 0 < length <= info.max_model_len or length % block_size:
             text = f"token_ids: {length} is not a multiple of {block_size} in [{block_size}, {info.max_model_len}]"

@@ -39,9 +39,10 @@ class Peer:
     `why` says what was passed over for the link's transport.
     """
 
-    def __init__(self, ref: kv.WorkerRef, channel: grpc.aio.Channel, link: Link, why: str):
+    def __init__(self, ref: kv.WorkerRef, channel: grpc.aio.Channel, link: Link, why: str, block_size: int):
         self.ref = ref
         self.link = link
+        self.block_size = block_size  # tokens per block there
         self.why = why
         self.gb_per_s = 0.0  # of a verified test transfer; 0: not measured
         self.stub = kv_grpc.KvTransferServiceStub(channel)
@@ -150,7 +151,7 @@ class Peers:
             if answer.target != ref:
                 raise PeerUnavailable(f"{address} is worker {answer.target.worker_id} ({answer.target.incarnation})")
             endpoints = [Endpoint(one.transport, one.locality, one.data) for one in answer.endpoints]
-            connection = await self._transports.connect(address, endpoints)
+            connection = await self._transports.connect(address, endpoints, answer.layout.block_size)
         except BaseException as error:
             await channel.close(None)
             if isinstance(error, TransferRefused):
@@ -160,7 +161,7 @@ class Peers:
             if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
                 raise PeerIncompatible(error.details()) from error
             raise PeerUnavailable(f"worker {ref.worker_id} at {address}: {error.code().name}") from error
-        peer = Peer(ref, channel, connection.link, connection.why)
+        peer = Peer(ref, channel, connection.link, connection.why, answer.layout.block_size)
         _log.info("KV to %s goes over %s; %s", ref.worker_id, peer.link.transport, peer.why or "nothing passed over")
         return peer
 

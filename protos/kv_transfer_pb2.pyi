@@ -87,20 +87,22 @@ class Endpoint(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., locality: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("run_id", "attempt", "source", "target", "num_tokens", "transport")
+    __slots__ = ("run_id", "attempt", "source", "target", "num_tokens", "transport", "block_size")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     attempt: int
     source: WorkerRef
     target: WorkerRef
     num_tokens: int
     transport: str
-    def __init__(self, run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_tokens: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    block_size: int
+    def __init__(self, run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_tokens: _Optional[int] = ..., transport: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
     __slots__ = ("transfer_id", "cached_tokens", "num_blocks", "lease_ms", "placement")
@@ -189,18 +191,20 @@ class ReleaseResponse(_message.Message):
     def __init__(self, found: bool = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("source", "target", "token_ids", "cache_namespace", "transport")
+    __slots__ = ("source", "target", "token_ids", "cache_namespace", "transport", "block_size")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     source: WorkerRef
     target: WorkerRef
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     cache_namespace: bytes
     transport: str
-    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[bytes] = ..., transport: _Optional[str] = ...) -> None: ...
+    block_size: int
+    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[bytes] = ..., transport: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class OfferResponse(_message.Message):
     __slots__ = ("transfer_id", "cached_tokens", "lease_ms", "placement")
@@ -215,14 +219,16 @@ class OfferResponse(_message.Message):
     def __init__(self, transfer_id: _Optional[bytes] = ..., cached_tokens: _Optional[int] = ..., lease_ms: _Optional[int] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
 
 class CanaryRequest(_message.Message):
-    __slots__ = ("source", "num_blocks", "transport")
+    __slots__ = ("source", "num_blocks", "transport", "block_size")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     source: WorkerRef
     num_blocks: int
     transport: str
-    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_blocks: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    block_size: int
+    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_blocks: _Optional[int] = ..., transport: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class CanaryResponse(_message.Message):
     __slots__ = ("transfer_id", "num_blocks", "placement")

@@ -66,7 +66,6 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         ("transport=pigeon", "transport='pigeon': must be 'auto', 'grpc' or 'ray_store'"),
         ("name=A b", "name='A b'"),
         ("pools.prefill.replicas=0", "at least one prefill and one decode worker (or one colocated) are needed"),
-        ("pools.prefill.block_size=32", "block_size must agree"),
         ("pools.decode.replicas", "must be key=value, such as pools.decode.replicas=2"),
     ],
 )

@@ -173,6 +173,7 @@ def an_offer(s: Service, num_tokens: int = 48, **fields) -> kv.OfferRequest:
             "target": s.worker("prefill").me,
             "token_ids": tokens,
             "transport": "grpc",
+            "block_size": 16,
             **fields,
         }
     )

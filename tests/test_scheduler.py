@@ -190,6 +190,28 @@ def test_adopted_equals_colocated(length: int, n: int) -> None:
     idle(sim)
 
 
+@pytest.mark.parametrize(("multiple", "num_cached"), [(1, 80), (16, 80), (32, 64), (64, 64), (48, 48), (128, 0)])
+def test_cached_tokens_of_a_reservation_are_whole_blocks_of_its_peer(multiple: int, num_cached: int) -> None:
+    """What is cut off are fresh pages: the peer will write there, and a cached page is never written."""
+    sim = Simulator()
+    first = make_request("first", range(90), max_tokens=1)
+    sim.scheduler.add(first)
+    sim.run()
+    cached = set(sim.scheduler.pool.match(block_hashes(range(90), 16)))
+    sim.scheduler.pool.release(list(cached))
+    sim.scheduler.reserve("peer", make_request("again", range(90)), 90, multiple)
+    sim.step()
+    reservation = sim.granted["peer"]
+    assert reservation.num_cached_tokens == num_cached and len(cached) == 5
+    assert not cached & set(reservation.block_ids[num_cached // 16 :])
+    sim.scheduler.release("peer")
+    idle(sim)
+    loan = sim.scheduler.loans.reserve("offer", block_hashes(range(90), 16), sim.scheduler.blocks.align(multiple))
+    assert loan is not None and loan.num_cached_tokens == num_cached
+    sim.scheduler.release("offer")
+    idle(sim)
+
+
 def test_reservations_wait_in_order_and_never_preempt() -> None:
     sim = Simulator(num_blocks=6, max_model_len=96)
     runner = make_request("runner", range(30), max_tokens=40)

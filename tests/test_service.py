@@ -216,16 +216,34 @@ class TestEndsEarly:
 
 
 async def test_mismatched_pools_refuse_each_other_with_both_layouts(tiny):
-    async with service(tiny, engine=DUMMY, decode_engine={"block_size": 32}) as s:
+    async with service(tiny, engine=DUMMY, decode_engine={"dtype": "bfloat16"}) as s:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await s.generate(request(list(range(40)), 8))
         assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-        for part in ("prefill-0", "block size 16", "decode-1", "block size 32"):
+        for part in ("prefill-0", "float32", "decode-1", "bfloat16"):
             assert part in refused.value.details()
         # The workers check for themselves: a router is not what keeps wrong bytes out of a pool.
         canary = await s.worker("prefill").canary("decode-1", 4)
         assert not canary["ok"]
-        assert "blocks of 16 tokens" in canary["error"] and "blocks of 32 tokens" in canary["error"]
+        assert "float32, blocks of 16 tokens" in canary["error"] and "bfloat16" in canary["error"]
+
+
+@pytest.mark.parametrize(("prefill_size", "decode_size"), [(16, 64), (48, 16)])
+async def test_pools_of_other_block_sizes_give_the_same_tokens(smollm2, prefill_size, decode_size):
+    rows = [load()[index] for index in (0, 2, 18)]
+    sizes = {"engine": {"block_size": prefill_size}, "decode_engine": {"block_size": decode_size}}
+    async with service(smollm2, **sizes, kv_return=True) as s:
+        for _ in range(2):  # the second time the prefix caches of both sides know the prompts
+            answers = await asyncio.gather(*(s.generate(request(row["prompt"], 32)) for row in rows))
+            for row, answer in zip(rows, answers, strict=True):
+                assert answer.token_ids[0] == row["output"], row["question"]
+                assert answer.timings.decode_cached_tokens % max(prefill_size, decode_size) == 0
+            await s.settle()
+        assert sum(answer.timings.decode_cached_tokens for answer in answers) > 0
+        result = await s.worker("prefill").canary("decode-1", 3)
+        assert result["ok"], result["error"]
+        returned = s.worker("decode").status()
+        assert returned["kv_returned_blocks"] > 0 and not returned["kv_returns_dropped"], returned
 
 
 async def test_canary_checks_a_pair_end_to_end(tiny):

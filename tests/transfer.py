@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import grpc.aio
 import numpy as np
@@ -13,6 +14,7 @@ import kv_transfer
 from kv_transfer.base import BlockMemory, ChunkHeader, Endpoint, Link, ObjectStore, Outgoing
 from kv_transfer.checksum import crc32c
 from kv_transfer.receiver import Receiver
+from kv_transfer.relayout import Tiles
 from protos.grpc_options import SERVER_OPTIONS
 
 SOURCE = ("prefill-0", "incarnation-a")
@@ -29,6 +31,27 @@ def make_memory(num_blocks: int, seed: int | None = None, offsets: Sequence[int]
         return BlockMemory(torch.zeros(shape, dtype=torch.uint8), tuple(offsets))
     generator = torch.Generator().manual_seed(seed)
     return BlockMemory(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), tuple(offsets))
+
+
+def make_tiled(num_blocks: int, block_size: int, seed: int | None = None) -> BlockMemory:
+    """Blocks of that many tokens, in layers of uneven tiles. The rows of a layer's K and V differ, too."""
+    shapes = [((2, 64), (2, 64)), ((3, 32), (3, 48)), ((2, 64), (2, 64)), ((1, 16), (1, 16))]
+    tiles = tuple(tuple(Tiles(*entry) for entry in layer) for layer in shapes)
+    sizes = [block_size * sum(count * row for count, row in layer) for layer in shapes]
+    plain = make_memory(num_blocks, seed, tuple(accumulate(sizes, initial=0)))
+    return BlockMemory(plain.slab, plain.layer_offsets, block_size, tiles)
+
+
+def tokens(memory: BlockMemory, block_ids: Sequence[int]) -> torch.Tensor:
+    """What blocks hold of each token, in order: uint8 [tokens, bytes of all layers], whatever the blocks' size."""
+    rows, at = [], 0
+    for entry in (entry for layer in memory.tiles for entry in layer):
+        stop = at + entry.num_tiles * entry.row_bytes * memory.block_size
+        tiles = memory.slab[list(block_ids), at:stop]
+        tiles = tiles.view(len(block_ids), entry.num_tiles, memory.block_size, entry.row_bytes)
+        rows.append(tiles.transpose(1, 2).reshape(-1, entry.num_tiles * entry.row_bytes))
+        at = stop
+    return torch.cat(rows, dim=1)
 
 
 def make_chunk(memory: BlockMemory, sequence: int, block_ids: Sequence[int], block_start: int, layers: tuple[int, int]):
