@@ -88,8 +88,13 @@ class FusedLayer:
         self.carry = Carry()
         self.next_norm: Norm | None = None  # of the next layer, or the final one
 
-    def __call__(self, hidden_states: torch.Tensor, position_embeddings, pdserve_batch, **other) -> torch.Tensor:
-        """[1, num_tokens, hidden], updated in place: it is the residual stream and nobody else keeps it."""
+    def __call__(
+        self, hidden_states: torch.Tensor, position_embeddings, pdserve_batch, last: torch.Tensor | None = None, **other
+    ) -> torch.Tensor:
+        """[1, num_tokens, hidden], updated in place: it is the residual stream and nobody else keeps it.
+
+        `last`: which tokens' output is wanted, where nothing but their logits and everyone's KV is (the last layer).
+        """
         batch = pdserve_batch
         residual = hidden_states[0]
         normed = self.carry.take()
@@ -99,11 +104,17 @@ class FusedLayer:
         del normed  # each of these is as large as the residual stream, which bounds the KV pool
         cos, sin = position_embeddings
         ops.rope_write(qkv, cos[0], sin[0], self.head_norms, batch.cache, self.call.layer, batch.tensors.slots)
+        if last is not None:
+            qkv, residual = qkv[last], residual[last]
         heads = qkv.view(qkv.shape[0], -1, self.dim)
         middle, end = self.num_heads, self.num_heads + self.num_kv_heads
-        attended = batch.attend_written(heads[:, :middle], heads[:, middle:end], heads[:, end:], self.call)
+        if last is not None:
+            attended = batch.attend_last(heads[:, :middle], self.call)
+        else:
+            attended = batch.attend_written(heads[:, :middle], heads[:, middle:end], heads[:, end:], self.call)
+        del qkv, heads
         x = F.linear(attended.reshape(attended.shape[0], -1), self.o.weight, self.o.bias)
-        del qkv, heads, attended
+        del attended
         normed = ops.add_norm(x, residual, self.pre_mlp, self.post_attention)
         del x
         x = self._mlp(normed)
@@ -138,11 +149,11 @@ class FusedModel:
         """[num_rows, vocab_size], of each row's last token; in `out` if given."""
         x = self.embed(batch.input_ids)
         angles = self.rotary(x, batch.positions)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, angles, batch)
-        normed = self.carry.take()
-        assert normed is not None, "the last layer prepares the final norm"
-        rows = normed if batch.is_decode else normed[batch.last]
+        self.layers[-1](x, angles, batch, last=None if batch.is_decode else batch.last)
+        rows = self.carry.take()
+        assert rows is not None, "the last layer prepares the final norm"
         logits = F.linear(rows, self.head.weight, self.head.bias) if out is None else out
         if out is not None:
             torch.mm(rows, self.head.weight.t(), out=out)

@@ -31,6 +31,7 @@ class StepTensors:
     keys: torch.Tensor  # [2, num_rows]: the random key's halves
     temperatures: torch.Tensor  # float32 [num_rows], 0: greedy
     singles: Singles  # of all rows; those of several tokens have no tiles
+    tails: Singles  # of all rows, each one's last token as its one query; tiles for the last layer's window only
     chunks: torch.Tensor  # [num_chunks, 4] and
     work: torch.Tensor  # [num_tiles, 2]: see triton_prefill
 
@@ -44,11 +45,12 @@ class Inputs:
         max_tokens: int,
         max_rows: int,
         max_table: int,
-        windows: Sequence[int],
+        windows: Sequence[int],  # of each layer
         tile: int,  # tokens per tile of the decode kernel
         queries: int,  # per program of the prefill kernel
     ):
         self.windows, self._tile, self._queries = sorted(set(windows)), tile, queries
+        self._last_window = windows[-1]
         size = self._offsets(max_tokens, max_rows, max_rows)["tables"][0] + max_table
         pinned = device.type == "cuda"
         self._host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
@@ -64,6 +66,9 @@ class Inputs:
             return self._device[slice(*at[name])]
 
         singles = Singles(view("kv_lens"), view("tables"), view("starts"), {w: view(f"tiles{w}") for w in self.windows})
+        tails = singles
+        if num_chunks:
+            tails = Singles(view("tail_lens"), singles.tables, singles.starts, {self._last_window: view("tail_tiles")})
         return StepTensors(
             view("ids"),
             view("sources"),
@@ -73,6 +78,7 @@ class Inputs:
             view("keys").view(2, num_rows),
             view("temperatures").view(torch.float32),
             singles,
+            tails,
             view("chunks").view(-1, 4),
             view("work").view(-1, 2),
         )
@@ -133,12 +139,13 @@ class Inputs:
         tables[:width] = table
         last[len(rows) :] = 0
         for window in self.windows:
-            tiles = part(f"tiles{window}")
             counts = [count_tiles(row.stop, window, self._tile) if row.num_tokens == 1 else 0 for row in rows]
-            tiles[0] = 0
-            tiles[1 : len(rows) + 1] = np.cumsum(counts)
-            tiles[len(rows) + 1 :] = tiles[len(rows)]
+            _fill_sums(part(f"tiles{window}"), counts)
         if num_chunks:
+            stops = [row.stop for row in rows]
+            part("tail_lens")[: len(rows)] = stops
+            part("tail_lens")[len(rows) :] = 0
+            _fill_sums(part("tail_tiles"), [count_tiles(stop, self._last_window, self._tile) for stop in stops])
             self._fill_chunks(spans, part("chunks").reshape(-1, 4), part("work").reshape(-1, 2))
         self._fill_sampling(rows, part("keys").reshape(2, -1), part("temperatures").view(np.float32))
         sent = at["tables"][0] + width
@@ -165,14 +172,15 @@ class Inputs:
         for i, (start, count, stop, low, _) in enumerate(spans):
             chunks[i] = start, count, stop, low
             tiles += [(stop - count + q, i, q // self._queries) for q in range(0, count, self._queries)]
-        tiles.sort(reverse=True)  # those with the most keys first, or the last one to start ends alone
-        for k, (_, i, part) in enumerate(tiles):
-            work[k] = i, part
+        if tiles:
+            tiles.sort(reverse=True)  # those with the most keys first, or the last one to start ends alone
+            work[: len(tiles)] = np.array(tiles)[:, 1:]
 
     def _offsets(self, num_tokens: int, num_rows: int, num_chunks: int) -> dict[str, tuple[int, int]]:
         sizes = dict(ids=num_tokens, sources=num_tokens, positions=num_tokens, slots=num_tokens)
         sizes |= dict(last=num_rows, kv_lens=num_rows, starts=num_rows)
         sizes |= {f"tiles{window}": num_rows + 1 for window in self.windows}
+        sizes |= dict(tail_lens=num_rows, tail_tiles=num_rows + 1) if num_chunks else {}
         sizes |= dict(keys=2 * num_rows, temperatures=num_rows, chunks=4 * num_chunks)
         sizes |= dict(work=2 * (num_tokens // self._queries + num_chunks) if num_chunks else 0)
         found, at = {}, 0
@@ -181,3 +189,10 @@ class Inputs:
             at += -(-size // 4) * 4  # 16-byte starts
         found["tables"] = (at, None)  # type: ignore[assignment]
         return found
+
+
+def _fill_sums(sums: np.ndarray, counts: Sequence[int]) -> None:
+    """The running sum, from 0 on; what lies behind stays at the total."""
+    sums[0] = 0
+    sums[1 : len(counts) + 1] = np.cumsum(counts)
+    sums[len(counts) + 1 :] = sums[len(counts)]

@@ -49,6 +49,11 @@ class PagedBatch:
         ops.write_kv(k, v, self.cache, layer, self.tensors.slots)
         return self.attend_written(q, k, v, Call(layer, scale, window, softcap, sinks))[None]
 
+    def attend_last(self, query: torch.Tensor, call: Call) -> torch.Tensor:
+        """For the last tokens of all rows, their KV in the cache: [num_rows, num_heads, dim]. The last layer's only."""
+        self.on_layer(call.layer)
+        return attend_singles(query, call, self.tensors.tails, self.cache, self.workspace)
+
     def attend_written(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call) -> torch.Tensor:
         """For K and V that are in the cache: all [num_tokens, heads, dim], the last dimension contiguous."""
         self.on_layer(call.layer)
