@@ -58,20 +58,19 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor | None, norm: Norm, before:
 
 
 def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up of [num_rows, 2 * width]. `activation`: silu, gelu_tanh or gelu."""
+    """act(gate) * up of [num_rows, 2 * width], in the place of gate. `activation`: silu, gelu_tanh or gelu."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if not _triton(gate_up):
         gate, up = gate_up.float().chunk(2, -1)
         kind = "tanh" if activation == "gelu_tanh" else "none"
         gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=kind)
-        return (gate * up).to(gate_up.dtype)
+        return gate_up[:, :width].copy_(gate * up)
     from engine.triton_layer import gated_kernel
 
-    out = gate_up.new_empty(num_rows, width)
     block = min(1024, _power(width))
     grid = (num_rows, -(-width // block))
-    gated_kernel[grid](gate_up, out, width, ACTIVATION=activation, BLOCK=block, num_warps=4)
-    return out
+    gated_kernel[grid](gate_up, width, ACTIVATION=activation, BLOCK=block, num_warps=4)
+    return gate_up[:, :width]
 
 
 def rope_write(
@@ -156,6 +155,22 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, layer: int,
         BLOCK_SIZE=size,
         num_warps=1,
     )
+
+
+def gather(table: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
+    """A layer's K and V, of one width, in the blocks `table` (int32): [2 * num_kv_heads, tokens, dim]."""
+    span, size = cache.spans[layer], cache.layout.block_size
+    tile, num_tiles = size * span.key_dim, 2 * span.num_kv_heads
+    if not _triton(cache.elements):
+        picked = cache.elements[table.long(), span.first : span.first + num_tiles * tile]
+        return picked.view(-1, num_tiles, size, span.key_dim).transpose(0, 1).flatten(1, 2)
+    from engine.triton_layer import gather_kernel
+
+    out = cache.elements.new_empty(num_tiles, table.shape[0] * size, span.key_dim)
+    gather_kernel[(table.shape[0], num_tiles)](
+        cache.elements, table, out, span.first, cache.elements.stride(0), TILE=tile, BLOCK=2048, num_warps=4
+    )
+    return out
 
 
 def prepare(

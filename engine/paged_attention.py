@@ -55,7 +55,8 @@ class Workspace:
         """`num_heads`: the most query heads of any layer."""
         spans, device = cache.spans, cache.elements.device
         self.tile = min(tile_tokens(max(s.key_dim, s.value_dim), cache.elements.dtype) for s in spans)
-        self.queries = self.tile  # per program of the prefill kernel
+        self.chunk_tile = chunk_tile(max(max(s.key_dim, s.value_dim) for s in spans), cache.elements.dtype)
+        self.queries = self.chunk_tile.queries
         num_kv_heads = max(s.num_kv_heads for s in spans)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         # two programs to an SM: with three, 64 rows of 1024 tokens took 100 us instead of 93
@@ -75,6 +76,24 @@ class Workspace:
 def tile_tokens(dim: int, dtype: torch.dtype) -> int:
     """Tokens per tile of the decode kernel: two tiles of K and V in flight must fit an SM's shared memory."""
     return 64 if ops._power(dim) * dtype.itemsize <= 512 else 32
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkTile:
+    """What a program of the prefill kernel takes at a time."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int = 2
+
+
+def chunk_tile(dim: int, dtype: torch.dtype) -> ChunkTile:
+    """The largest that keeps to an SM's shared memory and to its registers."""
+    item = ops._power(dim) * dtype.itemsize
+    if dtype.itemsize == 2 and item <= 512:
+        return ChunkTile(128, 64, 8)
+    return ChunkTile(64 if item <= 512 else 32, 64 if item <= 256 else 32, 4 if item <= 256 else 8)
 
 
 def count_tiles(kv_len: int, window: int, tile: int) -> int:
@@ -167,7 +186,7 @@ def attend_chunks(
     from engine.triton_prefill import prefill_kernel
 
     num_heads = query.shape[1]
-    item = ops._power(max(span.key_dim, span.value_dim)) * query.element_size()
+    tile = workspace.chunk_tile
     prefill_kernel[(num_heads, tensors.work.shape[0])](
         query,
         cache.elements,
@@ -190,14 +209,14 @@ def attend_chunks(
         VALUE_DIM=span.value_dim,
         VALUE_BLOCK=ops._power(span.value_dim),
         BLOCK_SIZE=cache.layout.block_size,
-        QUERIES=workspace.queries,
-        BLOCK=64 if item <= 256 else 32,
+        QUERIES=tile.queries,
+        BLOCK=tile.keys,
         HAS_WINDOW=call.window > 0,
         HAS_CAP=bool(call.softcap),
         HAS_SINKS=call.sinks is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4 if item <= 256 else 8,
-        num_stages=2,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
     )
 
 

@@ -9,7 +9,7 @@ from engine.inputs import StepTensors
 from engine.kv_cache import KVCache
 from engine.paged_attention import Call, Chunk, Workspace, attend_chunks, attend_singles
 from engine.sequence import Row
-from engine.torch_prefill import attend_by_torch, torch_takes
+from engine.torch_prefill import attend_run, cudnn_takes, equal_runs
 
 
 class PagedBatch:
@@ -60,16 +60,17 @@ class PagedBatch:
         tensors, cache, space = self.tensors, self.cache, self.workspace
         if self.is_decode:
             return attend_singles(query, call, tensors.singles, cache, space)
-        by_torch = self.chunks and torch_takes(query, call, cache)
-        if by_torch and not self.num_singles and len(self.chunks) == 1:
-            return attend_by_torch(query, key, value, call, self.chunks[0], cache)
+        by_cudnn = self.chunks and cudnn_takes(query, call, self.chunks, cache)
+        runs = equal_runs(self.chunks) if by_cudnn else []
+        if len(runs) == 1 and not self.num_singles:
+            return attend_run(query, key, value, call, runs[0], cache)
         out = query.new_empty(*query.shape[:2], cache.spans[call.layer].value_dim)
         if self.num_singles:
             attend_singles(query, call, tensors.singles, cache, space, out)
-        if not by_torch:
+        if not by_cudnn:
             attend_chunks(query, call, tensors, self.chunks, cache, space, out)
             return out
-        for chunk in self.chunks:
-            here = slice(chunk.start, chunk.start + chunk.num_queries)
-            out[here] = attend_by_torch(query[here], key[here], value[here], call, chunk, cache)
+        for run in runs:
+            here = slice(run[0].start, run[-1].start + run[-1].num_queries)
+            out[here] = attend_run(query[here], key[here], value[here], call, run, cache)
         return out

@@ -41,8 +41,7 @@ def add_norm_kernel(
 
 @triton.jit
 def gated_kernel(
-    gate_up,  # [num_rows, 2 * width]: gate, then up
-    out,  # [num_rows, width]
+    gate_up,  # [num_rows, 2 * width]: gate, then up; the answer takes the place of gate
     width,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -59,7 +58,7 @@ def gated_kernel(
         gate = gate / (1.0 + tl.exp(-2.0 * inner))  # 0.5 * (1 + tanh(z)) is the logistic function of 2 z
     else:
         gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    tl.store(out + row * width + column, (gate * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(gate_up + row * 2 * width + column, (gate * up).to(gate_up.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -152,6 +151,24 @@ def write_kernel(
         v = tl.load(value + token * value_token + head * value_head + d, mask=d < VALUE_DIM)
         base += num_kv_heads * BLOCK_SIZE * KEY_DIM
         tl.store(cache + base + (head * BLOCK_SIZE + offset) * VALUE_DIM + d, v, mask=d < VALUE_DIM)
+
+
+@triton.jit
+def gather_kernel(
+    cache,  # the slab, as elements
+    table,  # int32 [num_blocks]
+    out,  # [num_tiles, num_blocks, TILE]
+    first,  # of this layer's K inside a block, in elements
+    block_stride,
+    TILE: tl.constexpr,  # elements of one head's K or V in a block
+    BLOCK: tl.constexpr,
+):
+    block = tl.load(table + tl.program_id(0)).to(tl.int64)
+    source = cache + block * block_stride + first + tl.program_id(1) * TILE
+    target = out + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * TILE
+    for start in tl.static_range(0, TILE, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(target + i, tl.load(source + i, mask=i < TILE), mask=i < TILE)
 
 
 @triton.jit

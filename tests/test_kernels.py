@@ -88,7 +88,7 @@ def test_add_norm(dtype: torch.dtype, width: int, kind: str) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 def test_gated(dtype: torch.dtype, activation: str) -> None:
     x = torch.randn(3, 2 * 1100).to(dtype)
-    close(*both(lambda device: ops.gated(x.to(device), activation)), dtype)
+    close(*both(lambda device: ops.gated(x.to(device, copy=True), activation)), dtype)
 
 
 def make_cache(shapes: list[LayerShape], block_size: int, num_blocks: int, dtype: torch.dtype, device) -> KVCache:
@@ -296,22 +296,50 @@ def test_merge(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    ("kv_len", "num_queries", "window"), [(700, 700, 0), (2900, 800, 0), (600, 200, 0), (900, 800, 333)]
+    "lengths", [[(700, 700)], [(2900, 800)], [(600, 200)], [(512, 512)] * 3, [(1024, 1024), (1024, 512), (99, 99)]]
 )
-def test_attend_by_torch(kv_len: int, num_queries: int, window: int) -> None:
+def test_attend_by_cudnn(lengths: list[tuple[int, int]]) -> None:
     from engine.paged_attention import Chunk, _reference_chunk
-    from engine.torch_prefill import attend_by_torch, gather
+    from engine.torch_prefill import attend_run, cudnn_takes, equal_runs, gather
 
     SHAPES["real"] = (32, 8, 128, 128)
     cache = filled_cache("real", 64, 50, torch.bfloat16)
-    table = torch.randperm(50)[: -(-kv_len // 64)].to(torch.int32)
-    query = torch.randn(num_queries, 32, 128).bfloat16()
-    call = Call(1, 128**-0.5, window)
-    expected = _reference_chunk(query, call, Chunk(0, num_queries, kv_len, table), cache, torch.empty_like(query))
+    query = torch.randn(sum(n for _, n in lengths), 32, 128).bfloat16()
+    call = Call(1, 128**-0.5)
     here = moved(cache, DEVICE)
-    chunk = Chunk(0, num_queries, kv_len, table.to(DEVICE))
-    key, value = (x[-num_queries:] for x in gather(chunk, 1, here))
-    close(attend_by_torch(query.to(DEVICE), key, value, call, chunk, here), expected, torch.bfloat16)
+    expected, chunks, keys, values, start = torch.empty_like(query), [], [], [], 0
+    for kv_len, num_queries in lengths:
+        table = torch.randperm(50)[: -(-kv_len // 64)].to(torch.int32)
+        rows = slice(start, start + num_queries)
+        _reference_chunk(query[rows], call, Chunk(start, num_queries, kv_len, table), cache, expected[rows])
+        chunks.append(Chunk(start, num_queries, kv_len, table.to(DEVICE)))
+        key, value = (x[-num_queries:] for x in gather(chunks[-1], 1, here, kv_len))
+        keys.append(key)
+        values.append(value)
+        start += num_queries
+    assert cudnn_takes(query.to(DEVICE), call, chunks, here)
+    key, value = torch.cat(keys), torch.cat(values)
+    for run in equal_runs(chunks):
+        rows = slice(run[0].start, run[-1].start + run[-1].num_queries)
+        found = attend_run(query[rows].to(DEVICE), key[rows], value[rows], call, run, here)
+        close(found, expected[rows], torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather(dtype: torch.dtype) -> None:
+    cache = filled_cache("gqa", 48, 9, dtype)
+    table = torch.tensor([8, 0, 5, 3], dtype=torch.int32)
+    ours, theirs = both(lambda device: ops.gather(table.to(device), moved(cache, device), 1))
+    assert torch.equal(ours.cpu(), theirs)
+
+
+def test_equal_runs() -> None:
+    from engine.paged_attention import Chunk
+    from engine.torch_prefill import equal_runs
+
+    shapes = [(512, 512)] * 7 + [(512, 1024), (300, 300), (300, 300), (1024, 1024), (1024, 1024)]
+    chunks = [Chunk(0, n, kv_len, torch.empty(0)) for n, kv_len in shapes]
+    assert [len(run) for run in equal_runs(chunks)] == [4, 2, 1, 1, 1, 1, 2]
 
 
 def test_prepare() -> None:
