@@ -5,11 +5,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 
 from engine.batch import Batch
+from engine.compile_ahead import compile_ahead
 from engine.config import EngineConfig
 from engine.device import (
     GRAPH_BYTES,
@@ -66,26 +68,39 @@ class Runner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         started = time.monotonic()
+        block_size = config.block_size or (16 if self.device.type == "cpu" else 64)
+        paged = self.device.type == "cuda" if config.paged is None else config.paged
+        is_cuda = self.device.type == "cuda"
+        compiled = compile_ahead(config, self.device, block_size) if paged and is_cuda else lambda: None
         self.model: Model = _load(config, self.device, progress)
         self.load_s = time.monotonic() - started
         self.last_layer_at = started  # the clock of the last sign of life inside a step
         model = self.model
-        block_size = config.block_size or (16 if self.device.type == "cpu" else 64)
         self.layout = KVLayout.of(
             model.info.name, model.weights_digest, model.rope_digest, model.info.dtype, block_size, model.layers
         )
-        paged = self.device.type == "cuda" if config.paged is None else config.paged
+        clock = [time.monotonic()]
+        compiled()
+        clock.append(time.monotonic())
         if paged and config.fuse:
-            progress(str(fuse_model(model, self.device)))
+            progress(
+                str(fuse_model(model, self.device, block_size, min(config.max_num_seqs, config.max_num_batched_tokens)))
+            )
             gc.collect()  # the copies of layers that were compared
+        clock.append(time.monotonic())
         self.cache = self._cache(config, paged)
         self.steps = self._steps(config, self.cache) if paged else None
-        if self.steps is not None and self.device.type == "cuda" and config.cuda_graphs:
-            began = time.monotonic()
+        clock.append(time.monotonic())
+        if self.steps is not None and is_cuda and config.cuda_graphs:
             self._capture(config, self.steps)
             free = torch.cuda.mem_get_info(self.device)[0] / 2**30
-            took = time.monotonic() - began
-            progress(f"{len(self.steps.graphs)} CUDA graphs in {took:.1f} s, {free:.2f} GiB of the device left free")
+            progress(f"{len(self.steps.graphs)} CUDA graphs, {free:.2f} GiB of the device left free")
+        clock.append(time.monotonic())
+        compile_s, fuse_s, pool_s, graphs_s = (b - a for a, b in pairwise(clock))
+        progress(
+            f"weights {self.load_s:.1f} s, compiling {compile_s:.1f} more, fusing {fuse_s:.1f}, pool {pool_s:.1f}, "
+            f"graphs {graphs_s:.1f}"
+        )
 
     @property
     def runs_ahead(self) -> bool:

@@ -101,7 +101,8 @@ class Steps:
         """A graph for each bucket, the largest first: the others then fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
         for shape in self.bucket_shapes():
-            self.graphs[shape] = _Graph(self, shape, pool)
+            is_first = not any(bool(other[2]) == bool(shape[2]) for other in self.graphs)
+            self.graphs[shape] = _Graph(self, shape, pool, is_first)
 
     def bucket_shapes(self) -> list[tuple[int, int, int]]:
         """Of decode steps, and of steps with small chunks, whose kernels end before the host could launch the next."""
@@ -154,7 +155,8 @@ class Steps:
 class _Graph:
     """A captured step for up to so many tokens, rows and chunks. Its tensors stay where they are."""
 
-    def __init__(self, steps: Steps, shape: tuple[int, int, int], pool):
+    def __init__(self, steps: Steps, shape: tuple[int, int, int], pool, is_first: bool):
+        """`is_first` of its kind: it runs once before, which compiles kernels and fills caches."""
         self.shape = shape
         tensors = steps.inputs.views(*shape)
 
@@ -163,10 +165,12 @@ class _Graph:
             return batch, steps._compute(batch, steps.logits[: shape[1]])
 
         steps.inputs.fill([], *shape, {}, steps.cache.layout.block_size)
-        run()  # compiles kernels, fills caches
-        torch.cuda.synchronize()
+        if is_first:
+            run()
+            torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # relaxed: a library may load a kernel that only this size needs
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed"):
             self.batch, self.logits = run()
 
     def replay(self) -> None:
