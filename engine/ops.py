@@ -186,8 +186,9 @@ def prepare(
     from engine.triton_layer import prepare_kernel
 
     num_tokens, num_rows = ids.shape[0], last.shape[0]
-    out = torch.empty(2 * num_tokens + num_rows, dtype=torch.int64, device=ids.device)
-    outs = out.split([num_tokens, num_tokens, num_rows])
+    size = num_tokens + num_tokens % 2  # all parts begin at 16 bytes, or another kernel would be compiled
+    out = torch.empty(2 * size + num_rows, dtype=torch.int64, device=ids.device)
+    outs = out[:num_tokens], out[size : size + num_tokens], out[2 * size :]
     grid = (-(-num_tokens // 256),)
     prepare_kernel[grid](ids, sources, positions, last, tokens, *outs, num_tokens, num_rows, BLOCK=256, num_warps=4)
     return outs
