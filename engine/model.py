@@ -18,6 +18,7 @@ import torch
 from engine import attention
 from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.experts import use_capturable_experts
 from engine.fuse import FusedModel
 from engine.kv_layout import LayerShape
 from engine.linear import use_onednn
@@ -97,6 +98,8 @@ def load(
     try:
         module = _build(config, path, hf_config, dtype, device, progress)
         module.set_attn_implementation(attention.NAME)
+        if device.type == "cuda":
+            use_capturable_experts(module)
     except UnsupportedModel:
         raise
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:

@@ -195,7 +195,11 @@ class Runner:
 
     @torch.inference_mode()
     def _warm_up(self, config: EngineConfig, paged: bool) -> int:
-        """Bytes that steps need beside weights and cache: a prompt of the largest size, and a captured full batch."""
+        """Bytes that steps need beside weights and cache: those of a prompt of the largest size.
+
+        Captured graphs live in what gpu_memory_utilization leaves free, as elsewhere in the field; only what does not
+        fit there counts.
+        """
         size = min(config.max_num_batched_tokens, self.model.info.max_model_len - 1)
         try:
             num_blocks = -(-size // self.layout.block_size)
@@ -205,8 +209,10 @@ class Runner:
             if steps is not None:
                 needed += steps.num_bytes
                 if config.cuda_graphs:
-                    needed += self._peak(cache, steps, [dummy_row(1, 1) for _ in range(steps.max_rows)])
-                    needed += GRAPH_BYTES * len(steps.bucket_shapes())
+                    graphs = self._peak(cache, steps, [dummy_row(1, 1) for _ in range(steps.max_rows)])
+                    graphs += GRAPH_BYTES * len(steps.bucket_shapes()) + steps.logits.nbytes
+                    total = torch.cuda.mem_get_info(self.device)[1]
+                    needed += max(0, graphs - int(total * (1 - config.gpu_memory_utilization)))
             return needed
         except torch.OutOfMemoryError:
             raise ValueError(

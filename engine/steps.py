@@ -71,7 +71,6 @@ class Steps:
         dtype = cache.elements.dtype
         num_logits = max_rows * model.info.vocab_size if device.type == "cuda" else 0
         self.logits = torch.empty(num_logits, dtype=dtype, device=device).view(-1, model.info.vocab_size)
-        self.num_bytes += num_logits * dtype.itemsize
         self._previous: dict[int, int] = {}  # id(sequence) -> its row in the step launched last
 
     def launch(self, plan: Plan, on_layer: Callable[[int], None] = lambda layer: None) -> Flight:
