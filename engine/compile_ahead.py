@@ -7,6 +7,7 @@ the guess is wrong, they compile theirs as they always would. Nothing here can f
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ def compile_ahead(config: EngineConfig, device: torch.device, block_size: int) -
         log.debug("nothing compiled ahead: %s: %s", type(error).__name__, error)
         return lambda: None
     pool = ThreadPoolExecutor(NUM_THREADS, "compile")
+    # An import lets go of Python's lock at every file, and would wait this long for it each time.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(min(interval, 5e-4))
 
     def run(task: Callable[[], object]) -> None:
         with torch.inference_mode(), torch.cuda.device(device):
@@ -57,6 +61,7 @@ def compile_ahead(config: EngineConfig, device: torch.device, block_size: int) -
             if error is not None:
                 log.debug("a kernel was not compiled ahead: %s: %s", type(error).__name__, error)
         pool.shutdown()
+        sys.setswitchinterval(interval)
 
     return wait
 

@@ -44,7 +44,7 @@ class FuseReport:
         return text + "".join(f"; {why}: layers {layers}" for why, layers in self.reasons.items())
 
 
-MLP_ROWS = 2048
+MLP_ROWS = 2816  # of 8192 tokens: 4.40 ms a layer; 4.52 by 2048 at a time, 4.38 all at once, for 0.3 GiB of KV
 
 
 class NotFusable(Exception):

@@ -72,16 +72,18 @@ class Runner:
         paged = self.device.type == "cuda" if config.paged is None else config.paged
         is_cuda = self.device.type == "cuda"
         compiled = compile_ahead(config, self.device, block_size) if paged and is_cuda else lambda: None
-        self.model: Model = _load(config, self.device, progress)
-        self.load_s = time.monotonic() - started
+        try:
+            self.model: Model = _load(config, self.device, progress)
+        finally:
+            loading = time.monotonic()
+            compiled()
+        self.load_s = loading - started
         self.last_layer_at = started  # the clock of the last sign of life inside a step
         model = self.model
         self.layout = KVLayout.of(
             model.info.name, model.weights_digest, model.rope_digest, model.info.dtype, block_size, model.layers
         )
-        clock = [time.monotonic()]
-        compiled()
-        clock.append(time.monotonic())
+        clock = [loading, time.monotonic()]
         if paged and config.fuse:
             progress(
                 str(fuse_model(model, self.device, block_size, min(config.max_num_seqs, config.max_num_batched_tokens)))
@@ -179,6 +181,7 @@ class Runner:
         if num_blocks is None:
             torch.cuda.empty_cache()
             needed = self._warm_up(config, paged)
+            torch._C._cuda_clearCublasWorkspaces()  # one for every thread that has multiplied anything
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(self.device)
             num_blocks = blocks_that_fit(config, block_bytes, free - needed, total, name)

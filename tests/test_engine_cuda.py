@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from engine.config import EngineConfig
+from engine.model import load
+from engine.prove import _Proof, fuse_model
 from engine.runner import Runner
 from tests.engines import KINDS, Listener, assert_idle, checkpoint, greedy, make_engine, prompt, run, sampled
 from tests.handoff import Handoff
@@ -85,3 +89,25 @@ def test_a_step_without_memory_is_cut(tmp_path: Path, monkeypatch: pytest.Monkey
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert_idle(engine)
     assert listener.outputs == expected and cut
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2"])
+def test_bfloat16_logits_keep_to_float32(family: str, tmp_path: Path) -> None:
+    """Whole model, chunks and single tokens: no further from float32 than the model's own bfloat16 is."""
+    wide = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, head_dim=64, num_hidden_layers=8)
+    path = checkpoint(tmp_path, family, **{**FAMILIES[family], **wide})
+    device = torch.device("cuda")
+    model = load(EngineConfig(str(path), dtype="bfloat16"), device)
+    assert fuse_model(model, device, 64, 8).whole
+    proof = _Proof(model, device, 64, 8)
+    cache = proof._cache("bfloat16")
+    with torch.inference_mode():
+        ours = torch.cat([model.raw_logits(proof._batch(cache, *part)) for part in proof.parts]).float().cpu()
+        ids = torch.tensor([proof._batch(cache, 0, 1).rows[0].sequence.token_ids])
+        rows = [stop - 1 for _, stop in proof.parts]
+        exact, own = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")(ids).logits[0, rows]
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+    error, expected = (((x.float() - exact).norm() / exact.norm()).item() for x in (ours, own))
+    assert error <= 1.5 * expected + 2e-3 and error < 0.25
