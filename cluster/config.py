@@ -33,6 +33,7 @@ class ModelConfig(Section):
     path: str = Field(default=DEMO_MODEL, min_length=1, description="directory, hub id, or 'smollm2' (the demo model)")
     served_name: str = Field(default="", description="name clients use; default: the last part of path")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: float32 on CPU")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(default="auto", description="fp8: half of bfloat16's KV bytes")
     load_format: Literal["auto", "safetensors", "dummy"] = Field(default="auto", description="dummy: random weights")
     max_model_len: int | None = Field(
         default=None, ge=16, description="tokens, prompt and output; default: the model's own"

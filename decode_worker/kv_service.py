@@ -272,7 +272,8 @@ def _describe(layout: kv.KvLayout) -> str:
     groups = ", ".join(
         f"{g.num_layers} layers of {g.num_kv_heads} heads x {g.key_dim}+{g.value_dim}" for g in layout.groups
     )
+    kept = f" with KV in {layout.kv_dtype}" if layout.kv_dtype != layout.dtype else ""
     return (
         f"model {layout.model!r} (weights {layout.weights_digest[:12]}, rope {layout.rope_digest[:12]}), "
-        f"{layout.dtype}, blocks of {layout.block_size} tokens, {groups}"
+        f"{layout.dtype}{kept}, blocks of {layout.block_size} tokens, {groups}"
     )

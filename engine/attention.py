@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from engine import fp8
+
 if TYPE_CHECKING:
     from engine.batch import Batch, Group
     from engine.paged_batch import PagedBatch
@@ -65,6 +67,8 @@ def attend(
         q = query[:, :, group.start : group.stop]
         if group.is_fresh and group.num_queries > 1:
             k, v = key[:, :, group.start : group.stop], value[:, :, group.start : group.stop]
+            if batch.cache.is_scaled:  # else a prompt's tokens would depend on the chunks it came in
+                k, v = fp8.round_trip(k), fp8.round_trip(v)
         else:
             k, v = cache.gather(group.table(batch.cache.layout.block_size))
             k, v = k[:, :, : group.max_kv_len], v[:, :, : group.max_kv_len]

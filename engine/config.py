@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
@@ -18,6 +19,7 @@ class EngineConfig:
     block_size: int | None = None  # tokens per KV block, a multiple of 16; None: 16 on CPU, 64 on CUDA
     num_blocks: int | None = None  # None: from kv_cache_gib (1 GiB on CPU), or what CUDA memory allows
     kv_cache_gib: float | None = None
+    kv_cache_dtype: str = "auto"  # auto: as the model computes; fp8: e4m3 with scales, half the bytes of bfloat16
     gpu_memory_utilization: float = 0.92
     max_model_len: int | None = None  # None: the model's own, lowered to what the blocks can hold
     max_num_batched_tokens: int = 2048  # tokens computed per step
@@ -52,6 +54,7 @@ class EngineConfig:
         gib = self.kv_cache_gib
         check("kv_cache_gib", gib is None or 0 < gib < float("inf"), "a positive number")
         check("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
+        check("kv_cache_dtype", self.kv_cache_dtype in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}")
         optional_int("max_model_len", 2, "an integer >= 2")
         check(
             "max_num_batched_tokens",

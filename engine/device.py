@@ -28,6 +28,8 @@ def pick_device(config: EngineConfig) -> torch.device:
             f"device: {torch.cuda.get_device_name(device)} has compute capability {_dotted(capability)}, and at least "
             f"{_dotted(OLDEST)} is needed; set device to cpu"
         )
+    if config.kv_cache_dtype == "fp8":
+        raise ValueError("kv_cache_dtype: fp8 is for CPUs so far; set it to auto")
     if config.paged is not False and find_spec("triton") is None:
         raise ValueError(f"device: {name!r} needs the package triton, which is not installed; or set device to cpu")
     torch.cuda.set_device(device)

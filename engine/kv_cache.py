@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kv_layout import KVLayout
+from engine import fp8
+from engine.kv_layout import FP8, KVGroup, KVLayout
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FP8: fp8.DTYPE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Span:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+    scales: int  # bytes into the block: float8's [2 (K, V), num_kv_heads, block_size], else where they would be
 
 
 class KVCache:
@@ -26,22 +28,29 @@ class KVCache:
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device):
         self.layout, self.num_blocks = layout, num_blocks
         self.slab = _zeros(num_blocks * layout.block_bytes, device).view(num_blocks, layout.block_bytes)
-        dtype, size = DTYPES[layout.dtype], layout.block_size
-        self.elements = elements = self.slab.view(dtype)  # [num_blocks, elements per block]
+        self.dtype = DTYPES[layout.dtype]  # of what goes in and comes out
+        self.is_scaled = layout.kv_dtype == FP8
+        dtype = DTYPES[layout.kv_dtype]
+        self.elements = self.slab.view(dtype)  # [num_blocks, elements per block]
         self.spans = [
-            Span(offset // dtype.itemsize, shape.num_kv_heads, shape.key_dim, shape.value_dim)
+            Span(
+                offset // dtype.itemsize,
+                shape.num_kv_heads,
+                shape.key_dim,
+                shape.value_dim,
+                offset + shape.num_kv_heads * layout.block_size * (shape.key_dim + shape.value_dim) * dtype.itemsize,
+            )
             for shape, offset in zip(layout.layers, layout.layer_offsets, strict=False)
         ]
-        self.layers: list[TiledLayer | StridedLayer] = []
-        for shape, offset in zip(layout.layers, layout.layer_offsets, strict=False):
-            start = offset // dtype.itemsize
-            tile = size * shape.key_dim
-            if shape.key_dim == shape.value_dim and start % tile == 0 and elements.shape[1] % tile == 0:
-                self.layers.append(TiledLayer(elements, shape.num_kv_heads, size, shape.key_dim, start // tile))
+        # float8 is moved as bytes: torch has few operations for it
+        elements = self.slab if self.is_scaled else self.elements
+        self.layers: list[TiledLayer | StridedLayer | ScaledLayer] = []
+        for shape, span in zip(layout.layers, self.spans, strict=True):
+            layer = _plain_layer(elements, shape, layout.block_size, span.first)
+            if self.is_scaled:
+                self.layers.append(ScaledLayer(layer, self.slab, span, layout.block_size, self.dtype))
             else:
-                self.layers.append(
-                    StridedLayer(elements, shape.num_kv_heads, size, shape.key_dim, shape.value_dim, start)
-                )
+                self.layers.append(layer)
 
     def copy_block(self, source: int, target: int) -> None:
         self.slab[target].copy_(self.slab[source])
@@ -128,6 +137,39 @@ class StridedLayer:
             return picked.transpose(1, 2).flatten(2, 3)
 
         return rows(self.keys), rows(self.values)
+
+
+class ScaledLayer:
+    """Bytes of float8 with a scale for each token and head: what goes in is rounded, what comes out is `dtype`."""
+
+    def __init__(
+        self, values: TiledLayer | StridedLayer, slab: torch.Tensor, span: Span, block_size: int, dtype: torch.dtype
+    ):
+        self._values, self._dtype = values, dtype
+        shape = (slab.shape[0], 2, span.num_kv_heads, block_size)
+        strides = (slab.stride(0), span.num_kv_heads * block_size, block_size, 1)
+        self.scales = slab.as_strided(shape, strides, span.scales)  # uint8
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: Slots) -> None:
+        (key, key_scale), (value, value_scale) = fp8.quantise(key), fp8.quantise(value)
+        self._values.write(key.view(torch.uint8), value.view(torch.uint8), slots)
+        self.scales[slots.blocks, :, :, slots.offsets] = torch.stack([key_scale, value_scale], 1)
+
+    def gather(self, table: Table) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = self.scales[table.block_ids]  # [num_rows, width, 2, num_heads, block_size]
+        scales = scales.permute(2, 0, 3, 1, 4).flatten(3)
+        key, value = (
+            fp8.dequantise(x.view(fp8.DTYPE), scale, self._dtype)
+            for x, scale in zip(self._values.gather(table), scales, strict=True)
+        )
+        return key, value
+
+
+def _plain_layer(elements: torch.Tensor, shape: KVGroup, block_size: int, start: int) -> TiledLayer | StridedLayer:
+    tile = block_size * shape.key_dim
+    if shape.key_dim == shape.value_dim and start % tile == 0 and elements.shape[1] % tile == 0:
+        return TiledLayer(elements, shape.num_kv_heads, block_size, shape.key_dim, start // tile)
+    return StridedLayer(elements, shape.num_kv_heads, block_size, shape.key_dim, shape.value_dim, start)
 
 
 def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """How a KV block's bytes are laid out, and the fingerprint by which two workers know that theirs mean the same.
 
     block = [layer 0 | layer 1 | ..]   layer = [K | V]   K = [kv_head, token, key_dim]   V = [kv_head, token, value_dim]
+    in float8: layer = [K | V | scales of K | scales of V]      scales = [kv_head, token], a byte each (engine/fp8.py)
 
 Blocks are contiguous and layers within a block in order, so any layer range of a block is one run of bytes.
 """
@@ -12,7 +13,8 @@ from itertools import accumulate, groupby
 
 from protos import kv_transfer_pb2 as pb
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP8 = "float8_e4m3fn"
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, FP8: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +43,26 @@ class KVLayout:
     model: str
     weights_digest: str
     rope_digest: str
-    dtype: str
+    dtype: str  # that the model computes in
+    kv_dtype: str  # that K and V are kept in: the same, or FP8
     block_size: int  # tokens per block
     groups: tuple[KVGroup, ...]
 
     @classmethod
     def of(
-        cls, model: str, weights_digest: str, rope_digest: str, dtype: str, block_size: int, layers: list[LayerShape]
+        cls,
+        model: str,
+        weights_digest: str,
+        rope_digest: str,
+        dtype: str,
+        block_size: int,
+        layers: list[LayerShape],
+        kv_dtype: str | None = None,
     ):
         groups = [
             KVGroup(len(list(run)), s.num_kv_heads, s.key_dim, s.value_dim, s.window) for s, run in groupby(layers)
         ]
-        return cls(model, weights_digest, rope_digest, dtype, block_size, tuple(groups))
+        return cls(model, weights_digest, rope_digest, dtype, kv_dtype or dtype, block_size, tuple(groups))
 
     @property
     def num_layers(self) -> int:
@@ -66,15 +76,17 @@ class KVLayout:
     @property
     def layer_offsets(self) -> tuple[int, ...]:
         """num_layers + 1 byte offsets inside a block: layer i is the bytes from [i] to [i + 1]."""
-        item = ITEM_BYTES[self.dtype]
-        sizes = [g.num_kv_heads * self.block_size * (g.key_dim + g.value_dim) * item for g in self.layers]
+        sizes = [self.block_size * sum(num_tiles * row for num_tiles, row in layer) for layer in self.tiles]
         return tuple(accumulate(sizes, initial=0))
 
     @property
     def tiles(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Of each layer its K and its V: number of tiles [block_size, dim], bytes of a token's row in one."""
-        item = ITEM_BYTES[self.dtype]
-        return tuple(tuple((g.num_kv_heads, dim * item) for dim in (g.key_dim, g.value_dim)) for g in self.layers)
+        """What each layer is made of, in order: number of tiles, bytes of a token's row in one."""
+        item, found = ITEM_BYTES[self.kv_dtype], []
+        for g in self.layers:
+            values = (g.num_kv_heads, g.key_dim * item), (g.num_kv_heads, g.value_dim * item)
+            found.append((*values, (2 * g.num_kv_heads, 1)) if self.kv_dtype == FP8 else values)
+        return tuple(found)
 
     @property
     def block_bytes(self) -> int:
@@ -94,6 +106,7 @@ class KVLayout:
             model=self.model,
             weights_digest=self.weights_digest,
             dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
             block_size=self.block_size,
             groups=[pb.KvGroup(**asdict(group)) for group in self.groups],
             rope_digest=self.rope_digest,

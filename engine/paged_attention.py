@@ -54,8 +54,8 @@ class Workspace:
     def __init__(self, cache: KVCache, max_rows: int, num_heads: int):
         """`num_heads`: the most query heads of any layer."""
         spans, device = cache.spans, cache.elements.device
-        self.tile = min(tile_tokens(max(s.key_dim, s.value_dim), cache.elements.dtype) for s in spans)
-        self.chunk_tile = chunk_tile(max(max(s.key_dim, s.value_dim) for s in spans), cache.elements.dtype)
+        self.tile = min(tile_tokens(max(s.key_dim, s.value_dim), cache.dtype) for s in spans)
+        self.chunk_tile = chunk_tile(max(max(s.key_dim, s.value_dim) for s in spans), cache.dtype)
         self.queries = self.chunk_tile.queries
         num_kv_heads = max(s.num_kv_heads for s in spans)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

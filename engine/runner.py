@@ -22,7 +22,7 @@ from engine.device import (
     pick_device,
 )
 from engine.kv_cache import KVCache
-from engine.kv_layout import KVLayout
+from engine.kv_layout import FP8, KVLayout
 from engine.model import Model, load
 from engine.prove import fuse_model
 from engine.sampler import sample
@@ -81,7 +81,13 @@ class Runner:
         self.last_layer_at = started  # the clock of the last sign of life inside a step
         model = self.model
         self.layout = KVLayout.of(
-            model.info.name, model.weights_digest, model.rope_digest, model.info.dtype, block_size, model.layers
+            model.info.name,
+            model.weights_digest,
+            model.rope_digest,
+            model.info.dtype,
+            block_size,
+            model.layers,
+            FP8 if config.kv_cache_dtype == "fp8" else None,
         )
         clock = [loading, time.monotonic()]
         if paged and config.fuse:

@@ -68,7 +68,7 @@ class Steps:
         self.graphs: dict[tuple[int, int, int], _Graph] = {}  # by numbers of tokens, rows and chunks
         self.num_bytes = self.inputs.num_bytes + self.workspace.num_bytes
         # of replayed graphs: if each kept its own, they would take a GiB
-        dtype = cache.elements.dtype
+        dtype = cache.dtype
         num_logits = max_rows * model.info.vocab_size if device.type == "cuda" else 0
         self.logits = torch.empty(num_logits, dtype=dtype, device=device).view(-1, model.info.vocab_size)
         self._previous: dict[int, int] = {}  # id(sequence) -> its row in the step launched last

@@ -93,7 +93,8 @@ class _Recorder(Batch):
 
 class _Lender:
     def __init__(self, device: torch.device):
-        self.layout = KVLayout("probe", "", "", "float32", 16, ())
+        self.layout = KVLayout("probe", "", "", "float32", "float32", 16, ())
+        self.is_scaled = False
         self.slab = torch.empty(0, dtype=torch.uint8, device=device)
         self.layers: dict = {}
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/kv_transfer.proto\x12\npdserve.v1\"3\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\xb8\x01\n\x08KvLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12#\n\x06groups\x18\x05 \x03(\x0b\x32\x13.pdserve.v1.KvGroup\x12\x13\n\x0brope_digest\x18\x06 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\"g\n\x07KvGroup\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x0f\n\x07key_dim\x18\x03 \x01(\r\x12\x11\n\tvalue_dim\x18\x04 \x01(\r\x12\x0e\n\x06window\x18\x05 \x01(\r\"\x9e\x01\n\x10HandshakeRequest\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.KvLayout\x12\x12\n\ntransports\x18\x04 \x03(\t\x12\x0f\n\x07process\x18\x05 \x01(\t\"\xbc\x01\n\x11HandshakeResponse\x12%\n\x06target\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.KvLayout\x12\'\n\tendpoints\x18\x04 \x03(\x0b\x32\x14.pdserve.v1.Endpoint\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\r\"=\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08locality\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xba\x01\n\x0eReserveRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\x06source\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12%\n\x06target\x18\x04 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\"\x8d\x01\n\x0fReserveResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\x12(\n\tplacement\x18\x05 \x01(\x0b\x32\x15.pdserve.v1.Placement\"@\n\tPlacement\x12\x10\n\x08page_ids\x18\x01 \x03(\r\x12\r\n\x05guard\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\xb3\x01\n\rCommitRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\ntoken_hash\x18\x03 \x01(\x0c\x12\x12\n\nnum_chunks\x18\x04 \x01(\r\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12.\n\x0c\x66irst_tokens\x18\x07 \x03(\x0b\x32\x18.pdserve.v1.AdoptedToken\"2\n\x0c\x41\x64optedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"#\n\x0e\x43ommitResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"O\n\x10HeartbeatRequest\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x14\n\x0ctransfer_ids\x18\x02 \x03(\x0c\"1\n\x11HeartbeatResponse\x12\x1c\n\x14unknown_transfer_ids\x18\x01 \x03(\x0c\"E\n\x0eReleaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x65nced\x18\x03 \x01(\x08\" \n\x0fReleaseResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\xaf\x01\n\x0cOfferRequest\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12%\n\x06target\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x04 \x01(\x0c\x12\x11\n\ttransport\x18\x05 \x01(\t\x12\x12\n\nblock_size\x18\x06 \x01(\r\"w\n\rOfferResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12(\n\tplacement\x18\x04 \x01(\x0b\x32\x15.pdserve.v1.Placement\"q\n\rCanaryRequest\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\"c\n\x0e\x43\x61naryResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12(\n\tplacement\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.Placement2\xef\x03\n\x11KvTransferService\x12H\n\tHandshake\x12\x1c.pdserve.v1.HandshakeRequest\x1a\x1d.pdserve.v1.HandshakeResponse\x12\x42\n\x07Reserve\x12\x1a.pdserve.v1.ReserveRequest\x1a\x1b.pdserve.v1.ReserveResponse\x12?\n\x06\x43ommit\x12\x19.pdserve.v1.CommitRequest\x1a\x1a.pdserve.v1.CommitResponse\x12H\n\tHeartbeat\x12\x1c.pdserve.v1.HeartbeatRequest\x1a\x1d.pdserve.v1.HeartbeatResponse\x12\x42\n\x07Release\x12\x1a.pdserve.v1.ReleaseRequest\x1a\x1b.pdserve.v1.ReleaseResponse\x12<\n\x05Offer\x12\x18.pdserve.v1.OfferRequest\x1a\x19.pdserve.v1.OfferResponse\x12?\n\x06\x43\x61nary\x12\x19.pdserve.v1.CanaryRequest\x1a\x1a.pdserve.v1.CanaryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/kv_transfer.proto\x12\npdserve.v1\"3\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\xca\x01\n\x08KvLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12#\n\x06groups\x18\x05 \x03(\x0b\x32\x13.pdserve.v1.KvGroup\x12\x13\n\x0brope_digest\x18\x06 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x10\n\x08kv_dtype\x18\t \x01(\t\"g\n\x07KvGroup\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x0f\n\x07key_dim\x18\x03 \x01(\r\x12\x11\n\tvalue_dim\x18\x04 \x01(\r\x12\x0e\n\x06window\x18\x05 \x01(\r\"\x9e\x01\n\x10HandshakeRequest\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.KvLayout\x12\x12\n\ntransports\x18\x04 \x03(\t\x12\x0f\n\x07process\x18\x05 \x01(\t\"\xbc\x01\n\x11HandshakeResponse\x12%\n\x06target\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.KvLayout\x12\'\n\tendpoints\x18\x04 \x03(\x0b\x32\x14.pdserve.v1.Endpoint\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\r\"=\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08locality\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xba\x01\n\x0eReserveRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\x06source\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12%\n\x06target\x18\x04 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\"\x8d\x01\n\x0fReserveResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\x12(\n\tplacement\x18\x05 \x01(\x0b\x32\x15.pdserve.v1.Placement\"@\n\tPlacement\x12\x10\n\x08page_ids\x18\x01 \x03(\r\x12\r\n\x05guard\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\xb3\x01\n\rCommitRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\ntoken_hash\x18\x03 \x01(\x0c\x12\x12\n\nnum_chunks\x18\x04 \x01(\r\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12.\n\x0c\x66irst_tokens\x18\x07 \x03(\x0b\x32\x18.pdserve.v1.AdoptedToken\"2\n\x0c\x41\x64optedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"#\n\x0e\x43ommitResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"O\n\x10HeartbeatRequest\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x14\n\x0ctransfer_ids\x18\x02 \x03(\x0c\"1\n\x11HeartbeatResponse\x12\x1c\n\x14unknown_transfer_ids\x18\x01 \x03(\x0c\"E\n\x0eReleaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x65nced\x18\x03 \x01(\x08\" \n\x0fReleaseResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\xaf\x01\n\x0cOfferRequest\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12%\n\x06target\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x04 \x01(\x0c\x12\x11\n\ttransport\x18\x05 \x01(\t\x12\x12\n\nblock_size\x18\x06 \x01(\r\"w\n\rOfferResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12(\n\tplacement\x18\x04 \x01(\x0b\x32\x15.pdserve.v1.Placement\"q\n\rCanaryRequest\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.WorkerRef\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\"c\n\x0e\x43\x61naryResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12(\n\tplacement\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.Placement2\xef\x03\n\x11KvTransferService\x12H\n\tHandshake\x12\x1c.pdserve.v1.HandshakeRequest\x1a\x1d.pdserve.v1.HandshakeResponse\x12\x42\n\x07Reserve\x12\x1a.pdserve.v1.ReserveRequest\x1a\x1b.pdserve.v1.ReserveResponse\x12?\n\x06\x43ommit\x12\x19.pdserve.v1.CommitRequest\x1a\x1a.pdserve.v1.CommitResponse\x12H\n\tHeartbeat\x12\x1c.pdserve.v1.HeartbeatRequest\x1a\x1d.pdserve.v1.HeartbeatResponse\x12\x42\n\x07Release\x12\x1a.pdserve.v1.ReleaseRequest\x1a\x1b.pdserve.v1.ReleaseResponse\x12<\n\x05Offer\x12\x18.pdserve.v1.OfferRequest\x1a\x19.pdserve.v1.OfferResponse\x12?\n\x06\x43\x61nary\x12\x19.pdserve.v1.CanaryRequest\x1a\x1a.pdserve.v1.CanaryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,43 +34,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERREF']._serialized_start=40
   _globals['_WORKERREF']._serialized_end=91
   _globals['_KVLAYOUT']._serialized_start=94
-  _globals['_KVLAYOUT']._serialized_end=278
-  _globals['_KVGROUP']._serialized_start=280
-  _globals['_KVGROUP']._serialized_end=383
-  _globals['_HANDSHAKEREQUEST']._serialized_start=386
-  _globals['_HANDSHAKEREQUEST']._serialized_end=544
-  _globals['_HANDSHAKERESPONSE']._serialized_start=547
-  _globals['_HANDSHAKERESPONSE']._serialized_end=735
-  _globals['_ENDPOINT']._serialized_start=737
-  _globals['_ENDPOINT']._serialized_end=798
-  _globals['_RESERVEREQUEST']._serialized_start=801
-  _globals['_RESERVEREQUEST']._serialized_end=987
-  _globals['_RESERVERESPONSE']._serialized_start=990
-  _globals['_RESERVERESPONSE']._serialized_end=1131
-  _globals['_PLACEMENT']._serialized_start=1133
-  _globals['_PLACEMENT']._serialized_end=1197
-  _globals['_COMMITREQUEST']._serialized_start=1200
-  _globals['_COMMITREQUEST']._serialized_end=1379
-  _globals['_ADOPTEDTOKEN']._serialized_start=1381
-  _globals['_ADOPTEDTOKEN']._serialized_end=1431
-  _globals['_COMMITRESPONSE']._serialized_start=1433
-  _globals['_COMMITRESPONSE']._serialized_end=1468
-  _globals['_HEARTBEATREQUEST']._serialized_start=1470
-  _globals['_HEARTBEATREQUEST']._serialized_end=1549
-  _globals['_HEARTBEATRESPONSE']._serialized_start=1551
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1600
-  _globals['_RELEASEREQUEST']._serialized_start=1602
-  _globals['_RELEASEREQUEST']._serialized_end=1671
-  _globals['_RELEASERESPONSE']._serialized_start=1673
-  _globals['_RELEASERESPONSE']._serialized_end=1705
-  _globals['_OFFERREQUEST']._serialized_start=1708
-  _globals['_OFFERREQUEST']._serialized_end=1883
-  _globals['_OFFERRESPONSE']._serialized_start=1885
-  _globals['_OFFERRESPONSE']._serialized_end=2004
-  _globals['_CANARYREQUEST']._serialized_start=2006
-  _globals['_CANARYREQUEST']._serialized_end=2119
-  _globals['_CANARYRESPONSE']._serialized_start=2121
-  _globals['_CANARYRESPONSE']._serialized_end=2220
-  _globals['_KVTRANSFERSERVICE']._serialized_start=2223
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2718
+  _globals['_KVLAYOUT']._serialized_end=296
+  _globals['_KVGROUP']._serialized_start=298
+  _globals['_KVGROUP']._serialized_end=401
+  _globals['_HANDSHAKEREQUEST']._serialized_start=404
+  _globals['_HANDSHAKEREQUEST']._serialized_end=562
+  _globals['_HANDSHAKERESPONSE']._serialized_start=565
+  _globals['_HANDSHAKERESPONSE']._serialized_end=753
+  _globals['_ENDPOINT']._serialized_start=755
+  _globals['_ENDPOINT']._serialized_end=816
+  _globals['_RESERVEREQUEST']._serialized_start=819
+  _globals['_RESERVEREQUEST']._serialized_end=1005
+  _globals['_RESERVERESPONSE']._serialized_start=1008
+  _globals['_RESERVERESPONSE']._serialized_end=1149
+  _globals['_PLACEMENT']._serialized_start=1151
+  _globals['_PLACEMENT']._serialized_end=1215
+  _globals['_COMMITREQUEST']._serialized_start=1218
+  _globals['_COMMITREQUEST']._serialized_end=1397
+  _globals['_ADOPTEDTOKEN']._serialized_start=1399
+  _globals['_ADOPTEDTOKEN']._serialized_end=1449
+  _globals['_COMMITRESPONSE']._serialized_start=1451
+  _globals['_COMMITRESPONSE']._serialized_end=1486
+  _globals['_HEARTBEATREQUEST']._serialized_start=1488
+  _globals['_HEARTBEATREQUEST']._serialized_end=1567
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1569
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1618
+  _globals['_RELEASEREQUEST']._serialized_start=1620
+  _globals['_RELEASEREQUEST']._serialized_end=1689
+  _globals['_RELEASERESPONSE']._serialized_start=1691
+  _globals['_RELEASERESPONSE']._serialized_end=1723
+  _globals['_OFFERREQUEST']._serialized_start=1726
+  _globals['_OFFERREQUEST']._serialized_end=1901
+  _globals['_OFFERRESPONSE']._serialized_start=1903
+  _globals['_OFFERRESPONSE']._serialized_end=2022
+  _globals['_CANARYREQUEST']._serialized_start=2024
+  _globals['_CANARYREQUEST']._serialized_end=2137
+  _globals['_CANARYRESPONSE']._serialized_start=2139
+  _globals['_CANARYRESPONSE']._serialized_end=2238
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2241
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2736
 # @@protoc_insertion_point(module_scope)

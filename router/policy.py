@@ -192,6 +192,6 @@ def _mismatch(prefill: WorkerClient, decode: WorkerClient) -> str:
 def _words(info: wpb.GetWorkerResponse) -> str:
     layout = info.layout
     return (
-        f"model {layout.model!r} {layout.dtype} block size {layout.block_size} layout {layout.fingerprint[:12]}"
-        f" transport {info.transport!r}"
+        f"model {layout.model!r} {layout.dtype} KV {layout.kv_dtype} block size {layout.block_size}"
+        f" layout {layout.fingerprint[:12]} transport {info.transport!r}"
     )
