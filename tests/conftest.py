@@ -68,3 +68,19 @@ def two_nodes() -> Iterator[Any]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_stores() -> Iterator[tuple[Any, Any]]:
+    """Object stores over a real Ray: the sender's puts in an actor, so that this process, the receiver's, borrows."""
+    import ray
+
+    from cluster.object_store import RayObjectStore
+    from tests.transfer import ActorStore
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    try:
+        actor = ray.remote(RayObjectStore).options(num_cpus=0).remote()
+        yield ActorStore(actor), RayObjectStore()
+    finally:
+        ray.shutdown()
