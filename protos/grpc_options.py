@@ -33,4 +33,7 @@ SERVER_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     # Two workers must never share a port by accident.
     ("grpc.so_reuseport", 0),
+    # KV comes in messages of a megabyte: in one HTTP/2 frame each, and the next while one is being placed.
+    ("grpc.http2.max_frame_size", 4 << 20),
+    ("grpc.http2.lookahead_bytes", 2 << 20),
 ]
