@@ -158,8 +158,8 @@ class _Sender:
         self.object_store = object_store
         self.max_chunk_bytes = max_chunk_bytes
         self.progress_s = progress_s
-        # A put may wait for room in the store, and one thread copies faster than a receiver takes. What only copies into a
-        # message is done at once: a thread costs more than it saves.
+        # A put may wait for room in the store, and one thread copies faster than a receiver takes. What only copies
+        # into a message is done at once: a thread costs more than it saves.
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="kv-put") if object_store is not None else None
         self._links: list[_TwoSidedLink] = []
 

@@ -34,7 +34,7 @@ class Wire(Protocol):
 
     def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> tuple[ChunkHeader, Any]:
         """Makes of a chunk's pages what `send` takes, and puts their checksum into the header. Runs on the loop, or on
-        pool threads two at a time."""
+        a pool thread."""
 
     async def send(self, packed: Any) -> None:
         """Returns when the chunk is on its way and the next may follow."""
