@@ -14,7 +14,7 @@ AUTO = "auto"
 ORDER = ("local", "cuda_ipc", "nixl", "grpc")
 NAMES = (*ORDER, "ray_store")
 ONE_SIDED = frozenset(("cuda_ipc", "nixl"))
-EQUAL_BLOCKS = frozenset(("cuda_ipc", "nixl"))  # transports that do not lay blocks of another size anew
+EQUAL_BLOCKS = frozenset(("nixl",))  # transports that do not lay blocks of another size anew
 _APART = {"local": "the workers are different processes", "cuda_ipc": "the workers are on different hosts"}
 
 

@@ -114,6 +114,10 @@ def create_sender(
 
     `progress_s` bounds how long a peer may take nothing. Raises ValueError naming field, value and allowed range.
     """
+    if transport == "cuda_ipc":
+        from kv_transfer.cuda_ipc import CudaIpcSender
+
+        return CudaIpcSender(memory, source, progress_s)
     _check(transport, object_store)
     limit = CHUNK_BYTES[transport] if max_chunk_bytes is None else max_chunk_bytes
     _check_chunk_bytes(memory, limit)
@@ -221,9 +225,13 @@ def _missing(transport: str, memory: BlockMemory, object_store: ObjectStore | No
     """Why this worker does not have the transport; empty if it does."""
     if transport == "ray_store" and object_store is None:
         return "no object store was given"
-    if transport not in CHUNK_BYTES:
-        return "not in this version"
-    return ""
+    if transport == "cuda_ipc":
+        if not memory.slab.is_cuda:
+            return "the pool is not in GPU memory"
+        from kv_transfer import cuda_ipc  # Triton is not everywhere
+
+        return cuda_ipc.missing(memory)
+    return "" if transport in CHUNK_BYTES else "not in this version"
 
 
 def _locality(transport: str) -> str:
@@ -233,6 +241,10 @@ def _locality(transport: str) -> str:
 
 def _export(transport: str, receiver: Receiver) -> bytes:
     """What a sender needs beside the address."""
+    if transport == "cuda_ipc":
+        from kv_transfer import cuda_ipc
+
+        return cuda_ipc.export(receiver.memory, receiver.guards_name)
     return b""
 
 

@@ -12,6 +12,17 @@ from kv_transfer.relayout import Tiles, copy_rows, runs
 
 
 @dataclass(frozen=True, slots=True)
+class Pages:
+    """Some layers of consecutive logical blocks, or of some of their tokens."""
+
+    block_ids: Sequence[int]  # in a pool
+    block_start: int  # logical number of the first
+    layer_start: int
+    layer_stop: int
+    tokens: tuple[int, int] | None = None  # [start, stop) of the logical blocks' tokens, None: all
+
+
+@dataclass(frozen=True, slots=True)
 class BlockMemory:
     """All blocks of one worker.
 
@@ -64,10 +75,15 @@ class BlockMemory:
         pages = self.slab.numpy()
         return [pages[block_id, start:stop] for block_id in block_ids]
 
-    def digests(self, rects: Sequence[tuple[Sequence[int], int, int, int]]) -> list[int]:
-        """What lies in the pages now, for each (block ids, logical number of the first, layer_start, layer_stop): the
-        digest that a one-sided writer takes of what it reads. Blocks until it is known."""
-        return [crc32c(self.read(block_ids, start, stop)) for block_ids, _, start, stop in rects]
+    def digests(self, pages: Sequence[Pages]) -> list[int]:
+        """Of what lies in the pages now: the digest that a one-sided writer takes of what it reads. Blocks until it is
+        known. The same for blocks of any size on a GPU; on a CPU of whole blocks only, their crc32c."""
+        if self.slab.is_cuda:
+            from kv_transfer.cuda_pages import digests  # Triton is not everywhere
+
+            return digests(self, pages)
+        assert all(one.tokens is None for one in pages)
+        return [crc32c(self.read(one.block_ids, one.layer_start, one.layer_stop)) for one in pages]
 
     def write(self, block_ids: Sequence[int], layer_start: int, layer_stop: int, arrays: Sequence[np.ndarray]) -> int:
         """Writes `arrays`, laid end to end, over the layers of the blocks; the total must fit exactly. Returns the

@@ -62,7 +62,7 @@ class ChunkedOutgoing:
         self._progress_s = progress_s
         self._manifest = ManifestBuilder()
         self._lock = threading.Lock()
-        self._queue: deque[_Rect] = deque()
+        self._queue: deque[Rect] = deque()
         self._num_chunks = 0  # cut so far; the manifest has those that were sent
         self._finishing = False
         self._closed = False
@@ -90,7 +90,7 @@ class ChunkedOutgoing:
         with self._lock:
             if self._closed:
                 return
-            self._queue.append(_Rect(tuple(block_ids), block_start, layer_start, layer_stop, after))
+            self._queue.append(Rect(tuple(block_ids), block_start, layer_start, layer_stop, after))
         self._notify(self._wake.set)
 
     async def finish(self) -> Manifest:
@@ -178,14 +178,14 @@ class ChunkedOutgoing:
             return True
         return chunk is not None
 
-    def _read(self, chunk: "_Rect") -> "Future[tuple[ChunkHeader, Any]]":
+    def _read(self, chunk: "Rect") -> "Future[tuple[ChunkHeader, Any]]":
         if self._pool is not None:
             return self._pool.submit(self._pack, self._num_chunks, chunk)
         read: Future[tuple[ChunkHeader, Any]] = Future()
         read.set_result(self._pack(self._num_chunks, chunk))
         return read
 
-    def _next_chunk(self) -> "_Rect | None":
+    def _next_chunk(self) -> "Rect | None":
         with self._lock:
             if not self._queue:
                 return None
@@ -197,7 +197,7 @@ class ChunkedOutgoing:
             self._queue.extendleft(reversed(rest))
             return chunk
 
-    def _cut(self, rect: "_Rect") -> list["_Rect"]:
+    def _cut(self, rect: "Rect") -> list["Rect"]:
         """The first chunk of `rect` and what is left. A chunk has some layers of one block, or several blocks."""
         memory, layer_stop = self._memory, rect.layer_stop
         width = memory.width(rect.layer_start, layer_stop)
@@ -212,7 +212,7 @@ class ChunkedOutgoing:
         count = self._max_chunk_bytes // width
         return [rect] if len(rect.block_ids) <= count else list(rect.split_blocks(count))
 
-    def _pack(self, sequence: int, chunk: "_Rect") -> tuple[ChunkHeader, Any]:
+    def _pack(self, sequence: int, chunk: "Rect") -> tuple[ChunkHeader, Any]:
         pages = self._memory.read(chunk.block_ids, chunk.layer_start, chunk.layer_stop)
         header = ChunkHeader(
             sequence=sequence,
@@ -227,14 +227,16 @@ class ChunkedOutgoing:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rect:
+class Rect:
+    """Pages pushed together: the logical blocks from `block_start`, layers [layer_start, layer_stop)."""
+
     block_ids: tuple[int, ...]
     block_start: int
     layer_start: int
     layer_stop: int
     after: ReadyEvent | None
 
-    def join(self, other: "_Rect") -> "_Rect | None":
+    def join(self, other: "Rect") -> "Rect | None":
         """One rectangle of both, if `other` holds the layers that follow in the same blocks."""
         if (other.block_ids, other.block_start, other.layer_start) == (
             self.block_ids,
@@ -244,7 +246,7 @@ class _Rect:
             return replace(self, layer_stop=other.layer_stop, after=other.after)
         return None
 
-    def split_blocks(self, count: int) -> "tuple[_Rect, _Rect]":
+    def split_blocks(self, count: int) -> "tuple[Rect, Rect]":
         return replace(self, block_ids=self.block_ids[:count]), replace(
             self, block_ids=self.block_ids[count:], block_start=self.block_start + count
         )

@@ -9,7 +9,7 @@ consecutive bytes within a tile. Blocks are logical here: block i of size s hold
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -61,6 +61,26 @@ def merge(tiles: Iterable[Tiles]) -> list[Tiles]:
         Tiles(sum(entry.num_tiles for entry in same), row_bytes)
         for row_bytes, same in groupby(tiles, key=lambda entry: entry.row_bytes)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class TileRange:
+    """Consecutive tiles of one row size, within a block."""
+
+    first_tile: int  # counted over the whole block
+    num_tiles: int
+    row_bytes: int
+    before: int  # bytes per token of all tiles before it, so that its offset in a block of s tokens is s times that
+
+
+def tile_ranges(layers: Sequence[Iterable[Tiles]], layer_start: int, layer_stop: int) -> Iterator[TileRange]:
+    """The tiles of layers [layer_start, layer_stop), of a block that consists of `layers`."""
+    tile = before = 0
+    for entry in (entry for layer in layers[:layer_start] for entry in layer):
+        tile, before = tile + entry.num_tiles, before + entry.num_tiles * entry.row_bytes
+    for entry in merge(entry for layer in layers[layer_start:layer_stop] for entry in layer):
+        yield TileRange(tile, entry.num_tiles, entry.row_bytes, before)
+        tile, before = tile + entry.num_tiles, before + entry.num_tiles * entry.row_bytes
 
 
 def copy_rows(

@@ -23,7 +23,7 @@ from enum import Enum
 import numpy as np
 
 from kv_transfer.base import ChunkHeader, Manifest, ManifestBuilder, Placement, TransferBroken, TransferError
-from kv_transfer.memory import BlockMemory
+from kv_transfer.memory import BlockMemory, Pages
 
 
 class State(Enum):
@@ -96,6 +96,17 @@ class Ticket:
         if cells.any():
             raise TransferBroken(f"chunk {header.sequence} overlaps an earlier one")
         return cells
+
+    def pages(self, memory: BlockMemory, header: ChunkHeader) -> Pages:
+        """Our pages that hold the chunk. What a partly filled last block of the sender has behind ours is left out."""
+        layers = header.layer_start, header.layer_start + header.layer_count
+        first, stop = header.block_start, header.block_start + header.block_count
+        if not self.block_size:
+            return Pages(self.block_ids[first:stop], first, *layers)
+        ours = memory.block_size
+        tokens = first * self.block_size, min(stop * self.block_size, len(self.block_ids) * ours)
+        first = tokens[0] // ours
+        return Pages(self.block_ids[first : -(-tokens[1] // ours)], first, *layers, tokens)
 
 
 def _resolve(waiter: asyncio.Future) -> None:

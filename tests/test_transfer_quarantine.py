@@ -6,6 +6,7 @@ import pytest
 import kv_transfer
 from kv_transfer.base import ChunkHeader, ManifestBuilder
 from kv_transfer.guards import NUM_SLOTS, Guards, open_guards
+from kv_transfer.memory import Pages
 from kv_transfer.receiver import Receiver
 from tests.scheduling import Simulator, make_request
 from tests.transfer import NUM_LAYERS, SOURCE, make_memory
@@ -34,7 +35,7 @@ def grant(receiver: Receiver, block_ids=(1, 2), owner: str = "owner", writer: st
 
 def placed(receiver: Receiver, block_ids, block_start: int = 0, sequence: int = 0, flip: int = 0) -> ChunkHeader:
     """What a writer says that has put there what lies there."""
-    (digest,) = receiver.memory.digests([(block_ids, block_start, 0, NUM_LAYERS)])
+    (digest,) = receiver.memory.digests([Pages(block_ids, block_start, 0, NUM_LAYERS)])
     num_bytes = len(block_ids) * receiver.memory.width(0, NUM_LAYERS)
     return ChunkHeader(sequence, 0, NUM_LAYERS, block_start, len(block_ids), num_bytes, digest ^ flip)
 

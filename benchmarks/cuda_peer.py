@@ -1,0 +1,151 @@
+"""A receiving pool on a GPU in a process of its own: what benchmarks/transfer_cuda.py and the GPU tests push into.
+
+    python -m benchmarks.cuda_peer DEVICE BLOCK_SIZE NUM_BLOCKS NUM_LAYERS NUM_HEADS DIM
+
+One JSON object per line: commands come on stdin, answers go to stdout.
+"""
+
+import asyncio
+import hashlib
+import json
+import sys
+import time
+from typing import Any
+
+import grpc.aio
+import torch
+
+import kv_transfer
+from kv_transfer.base import BlockMemory, Endpoint, Manifest, Placement, TransferError
+from kv_transfer.guards import Guards
+from kv_transfer.receiver import Receiver
+from kv_transfer.relayout import Tiles
+from protos.grpc_options import SERVER_OPTIONS
+
+SOURCE = ("sender", "0")
+
+
+def make_memory(
+    device: str, block_size: int, num_blocks: int, num_layers: int, num_heads: int, dim: int, seed: int | None = None
+) -> BlockMemory:
+    """bfloat16 pages, random bytes or zeros."""
+    tiles = ((Tiles(num_heads, dim * 2), Tiles(num_heads, dim * 2)),) * num_layers
+    layer = block_size * num_heads * dim * 2 * 2
+    slab = torch.zeros(num_blocks, num_layers * layer, dtype=torch.uint8, device=device)
+    if seed is not None:
+        torch.manual_seed(seed)
+        slab.view(torch.int64).random_()
+    return BlockMemory(slab, tuple(layer * i for i in range(num_layers + 1)), block_size, tiles)
+
+
+class Peer:
+    """The parent's side. Every method waits for the answer."""
+
+    def __init__(self, process: asyncio.subprocess.Process, hello: dict[str, Any]) -> None:
+        self.process = process
+        self.address: str = hello["address"]
+        self.endpoints = [Endpoint(e["transport"], e["locality"], bytes.fromhex(e["data"])) for e in hello["endpoints"]]
+
+    @classmethod
+    async def start(cls, *arguments: object) -> "Peer":
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "benchmarks.cuda_peer",
+            *map(str, arguments),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=1 << 24,
+        )
+        return cls(process, json.loads(await _line(process)))
+
+    async def ask(self, what: str, **fields: Any) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"what": what, **fields}).encode() + b"\n")
+        answer = json.loads(await _line(self.process))
+        if "error" in answer:
+            raise getattr(kv_transfer, answer["kind"])(answer["error"])
+        return answer["answer"]
+
+    async def grant(self, block_ids, transport: str, lease_s: float = 60.0) -> tuple[bytes, Placement | None]:
+        answer = await self.ask("grant", block_ids=list(block_ids), transport=transport, lease_s=lease_s)
+        placement = answer["placement"]
+        return bytes.fromhex(answer["transfer_id"]), Placement(
+            tuple(placement[0]), *placement[1:]
+        ) if placement else None
+
+    async def commit(self, transfer_id: bytes, manifest: Manifest) -> None:
+        fields = {"num_chunks": manifest.num_chunks, "num_bytes": manifest.num_bytes, "digest": manifest.digest.hex()}
+        await self.ask("commit", transfer_id=transfer_id.hex(), **fields)
+
+    async def stop(self) -> None:
+        if self.process.returncode is None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            await self.process.wait()
+
+
+async def _line(process: asyncio.subprocess.Process) -> bytes:
+    assert process.stdout is not None
+    line = await asyncio.wait_for(process.stdout.readline(), 120)
+    assert line, "the receiving process has died"
+    return line
+
+
+async def serve(device: str, numbers: list[int]) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    memory = make_memory(device, *numbers)
+    receiver = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
+    transports = kv_transfer.Transports("auto", receiver, ("receiver", "0"))
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    transports.serve(server, address)
+    await server.start()
+    endpoints = [{"transport": e.transport, "locality": e.locality, "data": e.data.hex()} for e in transports.endpoints]
+    print(json.dumps({"address": address, "endpoints": endpoints}), flush=True)
+    reader = asyncio.StreamReader(limit=1 << 24)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while line := await reader.readline():
+        try:
+            answer = {"answer": await _answer(receiver, json.loads(line))}
+        except TransferError as error:
+            answer = {"error": str(error), "kind": type(error).__name__}
+        print(json.dumps(answer), flush=True)
+    await server.stop(None)
+    await transports.close()
+
+
+async def _answer(receiver: Receiver, asked: dict[str, Any]) -> Any:
+    transfer_id = bytes.fromhex(asked.get("transfer_id", ""))
+    match asked["what"]:
+        case "grant":
+            writer = "sender" if asked["transport"] == "cuda_ipc" else None
+            transfer_id = receiver.grant("owner", SOURCE, asked["block_ids"], 0, asked["lease_s"], writer)
+            placement = receiver.placement(transfer_id)
+            where = [placement.page_ids, placement.guard, placement.generation] if placement else None
+            return {"transfer_id": transfer_id.hex(), "placement": where}
+        case "commit":
+            await receiver.commit(
+                transfer_id, Manifest(asked["num_chunks"], asked["num_bytes"], bytes.fromhex(asked["digest"]))
+            )
+            return time.perf_counter()
+        case "release":
+            return receiver.release(transfer_id)
+        case "fence":
+            return receiver.fence(transfer_id)
+        case "pages":
+            pages = receiver.memory.slab[asked["block_ids"]]
+            return [hashlib.sha256(page.cpu().numpy().tobytes()).hexdigest() for page in pages]
+        case "flip":
+            receiver.memory.slab[asked["block_id"], asked["at"]] ^= 1
+            torch.cuda.synchronize()
+            return None
+        case "check":
+            receiver.check()
+            return receiver.num_quarantined
+    raise AssertionError(asked)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1], [int(number) for number in sys.argv[2:]]))

@@ -1,0 +1,82 @@
+"""The driver calls behind a mapped pool: export an allocation, map another process's. Through ctypes, since torch has
+them only behind pickles of whole tensors.
+
+Legacy IPC handles work on what cudaMalloc returned. Memory of torch's expandable segments has none: the export fails.
+"""
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+HANDLE_BYTES = 64
+_LAZY_PEER_ACCESS = 1
+
+
+class DriverError(RuntimeError):
+    """A driver call failed; its name and what the driver says."""
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_char * HANDLE_BYTES)]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    _check(library, "cuInit", 0)
+    return library
+
+
+def _check(library: ctypes.CDLL, name: str, *args) -> None:
+    status = getattr(library, name)(*args)
+    if status:
+        text = ctypes.c_char_p()
+        library.cuGetErrorString(status, ctypes.byref(text))
+        raise DriverError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")
+
+
+def _call(name: str, *args) -> None:
+    _check(_library(), name, *args)
+
+
+@contextmanager
+def _context(device: int) -> Iterator[None]:
+    """The device's primary context, which torch uses too, current in this thread."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuDeviceGet", ctypes.byref(handle), device)
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+    try:
+        _call("cuCtxPushCurrent_v2", context)
+        try:
+            yield
+        finally:
+            _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+    finally:
+        _call("cuDevicePrimaryCtxRelease_v2", handle)
+
+
+def export(address: int, device: int) -> tuple[bytes, int]:
+    """A handle of the allocation that `address` lies in, and the offset there. Raises DriverError."""
+    base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
+    with _context(device):
+        _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
+        _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+    return ctypes.string_at(ctypes.addressof(handle), HANDLE_BYTES), address - base.value
+
+
+def open_memory(handle: bytes, device: int) -> int:
+    """Maps another process's allocation for kernels of `device`; where it begins. Raises DriverError."""
+    address, given = ctypes.c_uint64(), _Handle()
+    ctypes.memmove(ctypes.addressof(given), handle, HANDLE_BYTES)
+    open_handle = _library().cuIpcOpenMemHandle_v2
+    open_handle.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
+    with _context(device):
+        _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), given, _LAZY_PEER_ACCESS)
+    return address.value
+
+
+def close_memory(address: int, device: int) -> None:
+    """Ends a mapping that no kernel uses any more."""
+    with _context(device):
+        _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))

@@ -1,0 +1,273 @@
+"""Transport `cuda_ipc`: a kernel of the sender's GPU writes into the receiver's pool, mapped at the handshake.
+
+The receiver exports its pool's allocation; the sender, another process of the same host, maps it and pushes pages with
+one launch per stretch of layers, on a stream of its own, behind the event of the layers' computation. The kernel takes
+the digest of what it reads; the receiver that of what landed (kv_transfer/push_kernel.py). Both processes must see both
+GPUs.
+"""
+
+import asyncio
+import json
+import logging
+import mmap
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import grpc.aio
+import numpy as np
+import torch
+
+from kv_transfer import cuda_driver
+from kv_transfer.base import Endpoint, Placement, TransferBroken, TransferRefused
+from kv_transfer.cuda_pages import first_of_each_shape, page_ids, side_stream, warm_up
+from kv_transfer.grpc_stream import GrpcWire
+from kv_transfer.guards import NUM_SLOTS, open_guards
+from kv_transfer.memory import BlockMemory
+from kv_transfer.outgoing import Rect
+from kv_transfer.placed import PlacedOutgoing, Threads
+from kv_transfer.push_kernel import Side, launch, total
+from kv_transfer.relayout import tile_ranges
+from protos.grpc_options import CHANNEL_OPTIONS
+
+NUM_PROGRAMS = 64  # of a push: what fills NVLink and leaves the model its multiprocessors (docs/performance.md)
+_GUARDS = re.compile(r"/proc/\d+/fd/\d+")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolHandle:
+    """A pool as another process can map it."""
+
+    memory: str  # the allocation's handle, in hex
+    offset: int  # of block 0 inside it
+    num_blocks: int
+    block_bytes: int
+    block_size: int  # tokens
+    device: str  # UUID of the GPU
+    guards: str  # path of the guard table
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "PoolHandle":
+        """Raises TransferBroken for what is no handle."""
+        try:
+            handle = cls(**json.loads(data))
+            numbers = (handle.offset, handle.num_blocks, handle.block_bytes, handle.block_size)
+            is_whole = all(type(number) is int and number >= 0 for number in numbers)
+            if not is_whole or len(bytes.fromhex(handle.memory)) != cuda_driver.HANDLE_BYTES:
+                raise ValueError("a field is out of range")
+            if not _GUARDS.fullmatch(handle.guards):
+                raise ValueError(f"guards {handle.guards!r}")
+        except (TypeError, ValueError) as error:
+            raise TransferBroken(f"the receiver's pool handle cannot be read: {error}") from error
+        return handle
+
+
+def missing(memory: BlockMemory) -> str:
+    """Why this worker cannot take part; empty if it can."""
+    if not memory.slab.is_cuda:
+        return "the pool is not in GPU memory"
+    if not memory.tiles or any(entry.row_bytes % 4 for layer in memory.tiles for entry in layer):
+        return "rows of the pool are no multiple of 4 bytes"
+    try:
+        cuda_driver.export(memory.slab.data_ptr(), memory.slab.device.index)
+    except (cuda_driver.DriverError, OSError) as error:
+        return f"the pool cannot be exported: {error}"
+    return ""
+
+
+def export(memory: BlockMemory, guards: str) -> bytes:
+    """What a sender needs to map the pool. Compiles what checking its pages takes."""
+    warm_up(memory)
+    device = memory.slab.device.index
+    handle, offset = cuda_driver.export(memory.slab.data_ptr(), device)
+    num_blocks, block_bytes = memory.slab.shape
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return PoolHandle(handle.hex(), offset, num_blocks, block_bytes, memory.block_size, uuid, guards).encode()
+
+
+class CudaIpcSender:
+    """Its links share a stream and two threads."""
+
+    def __init__(self, memory: BlockMemory, source: tuple[str, str], progress_s: float = 10.0) -> None:
+        self.memory = memory
+        self.source = source
+        self.progress_s = progress_s
+        self.device = memory.slab.device
+        self.threads = Threads("kv-push", lambda: torch.cuda.set_device(self.device))
+        self._links: list[_Link] = []
+
+    async def connect(self, address: str, endpoint: Endpoint) -> "_Link":
+        handle = PoolHandle.decode(endpoint.data)
+        run = asyncio.get_running_loop().run_in_executor
+        pool = await run(self.threads.launching, _Pool, self.memory, handle)
+        self._links.append(_Link(self, address, pool))
+        return self._links[-1]
+
+    async def close(self) -> None:
+        await asyncio.gather(*(link.close() for link in self._links))
+        self.threads.close()
+
+
+class _Link:
+    def __init__(self, sender: CudaIpcSender, address: str, pool: "_Pool") -> None:
+        self._sender = sender
+        self._address = address
+        self._pool = pool
+        self._channel: grpc.aio.Channel | None = None
+        self._open: set[PlacedOutgoing] = set()
+        self._is_closed = False
+
+    @property
+    def transport(self) -> str:
+        return "cuda_ipc"
+
+    def open(
+        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
+    ) -> PlacedOutgoing:
+        if placement is None or not self._pool.holds(placement):
+            raise TransferRefused(f"a grant without pages of the receiver's pool: {placement}")
+        sender = self._sender
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        wire = GrpcWire(self._channel, transfer_id, sender.source)
+        outgoing = PlacedOutgoing(
+            sender.memory, _Writer(self._pool), wire, transfer_id, placement, sender.threads, sender.progress_s
+        )
+        self._open.add(outgoing)
+        outgoing.add_closed_callback(self._open.discard)
+        return outgoing
+
+    async def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        outgoings = list(self._open)
+        for outgoing in outgoings:
+            outgoing.abort("the link closes")
+        await asyncio.gather(*(outgoing.wait_closed() for outgoing in outgoings))
+        if self._channel is not None:
+            await self._channel.close(None)
+        await asyncio.get_running_loop().run_in_executor(self._sender.threads.launching, self._pool.close)
+
+
+class _Pool:
+    """The receiver's pool, mapped. Made and used on the launching thread."""
+
+    def __init__(self, memory: BlockMemory, handle: PoolHandle) -> None:
+        """Raises TransferBroken."""
+        self.memory = memory
+        self.handle = handle
+        self.device = memory.slab.device
+        self.stream = side_stream(self.device, "push")
+        width = memory.slab.shape[1] // memory.block_size * handle.block_size
+        if width != handle.block_bytes:
+            raise TransferBroken(f"blocks of {handle.block_bytes} bytes: {width} were expected")
+        theirs = _visible_device(handle.device)
+        if theirs != self.device.index and not torch.cuda.can_device_access_peer(self.device.index, theirs):
+            raise TransferBroken(f"GPU {self.device.index} has no peer access to GPU {theirs}")
+        try:
+            self.guards = open_guards(handle.guards)
+        except OSError as error:
+            raise TransferBroken(f"the receiver's guard table cannot be mapped: {error}") from error
+        try:
+            self._mapped = cuda_driver.open_memory(bytes.fromhex(handle.memory), self.device.index)
+        except cuda_driver.DriverError as error:
+            raise TransferBroken(f"the receiver's pool cannot be mapped: {error}") from error
+        self.address = self._mapped + handle.offset
+        self._guards_at = _register(self.guards)
+        self._warm_up()
+
+    def holds(self, placement: Placement) -> bool:
+        return max(placement.page_ids, default=0) < self.handle.num_blocks and 0 <= placement.guard < NUM_SLOTS
+
+    def is_live(self, placement: Placement) -> bool:
+        return int(self.guards[placement.guard]) == placement.generation
+
+    def push(
+        self, rect: Rect, tokens: tuple[int, int], pages: tuple[torch.Tensor, torch.Tensor], placement: Placement
+    ) -> "_Write":
+        """Launches on the side stream. `pages`: ours, and theirs from the one that holds the first token on."""
+        slab, size = self.memory.slab, self.memory.block_size
+        ranges = list(tile_ranges(self.memory.tiles, rect.layer_start, rect.layer_stop))
+        sums = torch.empty(len(ranges), NUM_PROGRAMS, dtype=torch.int64, pin_memory=True)
+        source = Side(slab.data_ptr(), slab.shape[1], size, pages[0].data_ptr(), rect.block_start)
+        theirs, first = self.handle, tokens[0] // self.handle.block_size
+        target = Side(self.address, theirs.block_bytes, theirs.block_size, pages[1].data_ptr(), first)
+        guard = self._guards_at + 8 * placement.guard if self._guards_at else 0
+        for tiles, slot in zip(ranges, sums, strict=True):
+            launch(source, target, tokens, tiles, slot.data_ptr(), NUM_PROGRAMS, guard, placement.generation)
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        return _Write(event, sums, pages)
+
+    def close(self) -> None:
+        self.stream.synchronize()
+        cuda_driver.close_memory(self._mapped, self.device.index)
+        if self._guards_at:
+            torch.cuda.cudart().cudaHostUnregister(self._guards_at)
+
+    def _warm_up(self) -> None:
+        """Compiles the kernels now, not within the first prompt's transfer: a push of no tokens."""
+        with torch.cuda.stream(self.stream):
+            none = page_ids([0], self.device)
+            nothing = Placement((), 0, 2**31 - 1)
+            for layer in first_of_each_shape(self.memory.tiles):
+                self.push(Rect((), 0, layer, layer + 1, None), (0, 0), (none, none), nothing).wait()
+
+
+class _Writer:
+    """Of one transfer. On the launching thread."""
+
+    def __init__(self, pool: _Pool) -> None:
+        self._pool = pool
+        self._pages: dict[tuple[int, Sequence[int]], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def write(self, rect: Rect, placement: Placement) -> "_Write":
+        """What our last, partly filled block has behind the receiver's last page is left out."""
+        pool, ours, theirs = self._pool, self._pool.memory.block_size, self._pool.handle.block_size
+        last = (rect.block_start + len(rect.block_ids)) * ours
+        tokens = rect.block_start * ours, min(last, len(placement.page_ids) * theirs)
+        if last - tokens[1] >= ours:
+            raise TransferBroken(f"token {last - 1} is pushed: {len(placement.page_ids)} blocks were granted")
+        if not pool.is_live(placement):
+            raise TransferRefused("the receiver has revoked the ticket")
+        with torch.cuda.stream(pool.stream):
+            key = (rect.block_start, rect.block_ids)
+            if key not in self._pages:  # the layers of one stretch of blocks come one after the other
+                granted = placement.page_ids[tokens[0] // theirs : -(-tokens[1] // theirs)]
+                self._pages = {key: (page_ids(rect.block_ids, pool.device), page_ids(granted, pool.device))}
+            if rect.after is not None:
+                pool.stream.wait_event(rect.after)  # type: ignore[arg-type]  # a torch.cuda.Event, where CUDA is
+            return pool.push(rect, tokens, self._pages[key], placement)
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    event: torch.cuda.Event
+    sums: torch.Tensor
+    pages: tuple[torch.Tensor, torch.Tensor]  # kept until they have been read
+
+    def wait(self) -> int:
+        self.event.synchronize()
+        return total(self.sums)
+
+
+def _visible_device(uuid: str) -> int:
+    for index in range(torch.cuda.device_count()):
+        if str(torch.cuda.get_device_properties(index).uuid) == uuid:
+            return index
+    raise TransferBroken(f"GPU {uuid} of the receiver is not visible to this process")
+
+
+def _register(guards: np.ndarray) -> int:
+    """Where kernels find the table, as host memory; 0 where the driver does not map it, and only the host looks."""
+    address = guards.ctypes.data
+    status = torch.cuda.cudart().cudaHostRegister(address, -(-guards.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, 2)
+    if int(status) != 0:
+        _log.warning("the guard table cannot be registered (%s): writes are stopped from the host only", status)
+        return 0
+    return address

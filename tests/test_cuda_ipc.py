@@ -1,0 +1,150 @@
+"""The real thing: pages of one process's GPU pool pushed into another process's. One GPU is enough, two are used."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+
+import kv_transfer
+from benchmarks.cuda_peer import SOURCE, Peer, make_memory
+from kv_transfer.base import BlockMemory, Endpoint, Link, Placement, TransferBroken
+from kv_transfer.create import create_sender
+
+SHAPE = (64, 64, 8, 4, 128)  # block size, blocks, layers, heads, dim
+LAYERS = SHAPE[2]
+
+
+def test_a_pool_handle_survives_the_wire():
+    from kv_transfer.cuda_ipc import PoolHandle
+
+    handle = PoolHandle("ab" * 64, 4096, 10, 1 << 20, 64, "GPU-1", "/proc/1/fd/3")
+    assert PoolHandle.decode(handle.encode()) == handle
+    for broken in (
+        b"",
+        b"[]",
+        b"{}",
+        handle.encode().replace(b"4096", b"-1"),
+        handle.encode().replace(b"ab", b"a", 1),
+        handle.encode().replace(b"/proc/1/fd/3", b"/etc/passwd"),
+    ):
+        with pytest.raises(TransferBroken, match="pool handle cannot be read"):
+            PoolHandle.decode(broken)
+
+
+def test_a_pool_on_the_cpu_has_no_cuda_ipc():
+    from kv_transfer.create import _missing
+
+    memory = make_memory("cpu", 16, 2, 1, 1, 16)
+    assert _missing("cuda_ipc", memory, None) == "the pool is not in GPU memory"
+
+
+@asynccontextmanager
+async def pushing() -> AsyncIterator[tuple[BlockMemory, Peer, Link]]:
+    torch.cuda.set_device(0)
+    source = make_memory("cuda:0", *SHAPE, seed=1)
+    peer = await Peer.start(f"cuda:{torch.cuda.device_count() - 1}", *SHAPE)
+    sender = create_sender("cuda_ipc", source, SOURCE, progress_s=10.0)
+    try:
+        endpoint = next(e for e in peer.endpoints if e.transport == "cuda_ipc")
+        yield source, peer, await sender.connect(peer.address, endpoint)
+    finally:
+        await sender.close()
+        await peer.stop()
+
+
+def hashes(memory: BlockMemory, block_ids) -> list[str]:
+    return [hashlib.sha256(page.cpu().numpy().tobytes()).hexdigest() for page in memory.slab[list(block_ids)]]
+
+
+def event() -> torch.cuda.Event:
+    found = torch.cuda.Event(blocking=True)
+    found.record()
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnGpu:
+    async def test_pages_arrive_as_they_are_computed(self):
+        async with pushing() as (source, peer, link):
+            for seed in range(3):
+                torch.manual_seed(seed)
+                mine, theirs = torch.randperm(64)[:24].tolist(), torch.randperm(64)[:24].tolist()
+                transfer_id, placement = await peer.grant(theirs, "cuda_ipc")
+                outgoing = link.open(transfer_id, placement=placement)
+                for start, stop in ((0, 10), (10, 24)):
+                    for layer in range(LAYERS):
+                        source.slab[
+                            mine[start:stop], source.layer_offsets[layer] : source.layer_offsets[layer + 1]
+                        ] += 1
+                        outgoing.push(mine[start:stop], start, layer, layer + 1, event())
+                await peer.commit(transfer_id, await outgoing.finish())
+                assert await peer.ask("pages", block_ids=theirs) == hashes(source, mine)
+            assert await peer.ask("check") == 0
+
+    async def test_a_bit_that_changed_where_it_landed_is_seen(self):
+        async with pushing() as (_, peer, link):
+            transfer_id, placement = await peer.grant([5, 6], "cuda_ipc")
+            assert placement is not None
+            outgoing = link.open(transfer_id, placement=placement)
+            # The writer is told to put the second block where the receiver does not look for it.
+            outgoing._placement = Placement((5, 7), placement.guard, placement.generation)
+            outgoing.push([1, 2], 0, 0, LAYERS)
+            with pytest.raises(kv_transfer.TransferCorrupt):
+                await outgoing.finish()
+            assert await peer.ask("release", transfer_id=transfer_id.hex())
+            assert await peer.ask("check") == 1
+            assert await peer.ask("fence", transfer_id=transfer_id.hex()) == "owner"
+
+    async def test_a_released_ticket_is_written_no_more(self):
+        async with pushing() as (_, peer, link):
+            before = await peer.ask("pages", block_ids=[5, 6])
+            transfer_id, placement = await peer.grant([5, 6], "cuda_ipc")
+            outgoing = link.open(transfer_id, placement=placement)
+            await asyncio.sleep(0.2)
+            # Launched while the ticket is live, run after it is over: the kernel itself must see that.
+            busy = torch.randn(8192, 8192, device="cuda:0")
+            for _ in range(100):
+                busy = busy @ busy * 1e-4
+            outgoing.push([1, 2], 0, 0, LAYERS, event())
+            await asyncio.sleep(0.02)
+            assert await peer.ask("release", transfer_id=transfer_id.hex())
+            with pytest.raises(kv_transfer.TransferError):
+                await outgoing.finish()
+            assert await peer.ask("pages", block_ids=[5, 6]) == before
+            assert await peer.ask("fence", transfer_id=transfer_id.hex()) == "owner"
+
+    async def test_a_receiver_that_dies_breaks_the_transfer_and_nothing_else(self):
+        async with pushing() as (_, peer, link):
+            transfer_id, placement = await peer.grant(range(64), "cuda_ipc")
+            outgoing = link.open(transfer_id, placement=placement)
+            for _ in range(4):
+                for layer in range(LAYERS):
+                    outgoing.push(range(64), 0, layer, layer + 1)
+            peer.process.kill()
+            for layer in range(LAYERS):
+                outgoing.push(range(64), 0, layer, layer + 1)
+            with pytest.raises(kv_transfer.TransferBroken) as broken:
+                await outgoing.finish()
+            await outgoing.wait_closed()
+            await peer.process.wait()
+            # The mapping outlives its owner, so a late push writes into memory that nobody has any more.
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                torch.ones(8, device="cuda:0").sum().item()
+            print(f"after the receiver's death: {broken.value}; the sender's GPU works")
+
+    async def test_connecting_to_a_receiver_that_is_gone_says_so(self):
+        async with pushing() as (source, peer, _):
+            (endpoint,) = (e for e in peer.endpoints if e.transport == "cuda_ipc")
+            await peer.stop()
+            sender = create_sender("cuda_ipc", source, SOURCE)
+            started = time.monotonic()
+            with pytest.raises(TransferBroken, match="cannot be mapped"):
+                await sender.connect(peer.address, Endpoint("cuda_ipc", "", endpoint.data))
+            assert time.monotonic() - started < 5
+            await sender.close()

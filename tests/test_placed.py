@@ -1,0 +1,205 @@
+"""One-sided transfers, with a writer on the CPU in place of a GPU's: it copies pages into the receiver's pool."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc.aio
+import pytest
+
+import kv_transfer
+from kv_transfer.base import BlockMemory, Placement
+from kv_transfer.checksum import crc32c
+from kv_transfer.create import push_handler
+from kv_transfer.grpc_stream import GrpcWire
+from kv_transfer.guards import Guards, open_guards
+from kv_transfer.outgoing import Rect
+from kv_transfer.placed import PlacedOutgoing, Threads
+from kv_transfer.receiver import Receiver
+from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, make_memory
+
+
+class Passing:
+    """A ReadyEvent that a test lets pass."""
+
+    def __init__(self) -> None:
+        self.passed = threading.Event()
+
+    def query(self) -> bool:
+        return self.passed.is_set()
+
+    def synchronize(self) -> None:
+        assert self.passed.wait(10)
+
+
+@dataclass
+class CpuWriter:
+    """Writes when it is waited for, behind the pages' event and its own gate, if the guard says so then."""
+
+    source: BlockMemory
+    target: BlockMemory
+    guards: object
+    gate: threading.Event = field(default_factory=threading.Event)
+    begun: threading.Event = field(default_factory=threading.Event)
+    num_writes: int = 0
+    flip: bool = False
+    fails: bool = False
+
+    def write(self, rect: Rect, placement: Placement) -> "CpuWrite":
+        self.num_writes += 1
+        if self.fails:
+            raise RuntimeError("an unspecified launch failure")
+        return CpuWrite(self, rect, placement)
+
+
+@dataclass
+class CpuWrite:
+    writer: CpuWriter
+    rect: Rect
+    placement: Placement
+
+    def wait(self) -> int:
+        writer, rect = self.writer, self.rect
+        if rect.after is not None:
+            rect.after.synchronize()
+        writer.begun.set()
+        assert writer.gate.wait(10)
+        if writer.guards[self.placement.guard] != self.placement.generation:  # type: ignore[index]
+            return 0
+        pages = writer.source.read(rect.block_ids, rect.layer_start, rect.layer_stop)
+        target = self.placement.page_ids[rect.block_start : rect.block_start + len(rect.block_ids)]
+        writer.target.write(target, rect.layer_start, rect.layer_stop, pages)
+        if writer.flip:
+            writer.target.slab[target[0], LAYER_OFFSETS[rect.layer_start]] ^= 4
+        return crc32c(pages)
+
+
+@dataclass
+class OneSided:
+    source: BlockMemory
+    target: BlockMemory
+    receiver: Receiver
+    writer: CpuWriter
+    threads: Threads
+    channel: grpc.aio.Channel
+
+    def grant(self, block_ids) -> bytes:
+        return self.receiver.grant("owner", SOURCE, block_ids, 0, 30.0, "writer")
+
+    def open(self, transfer_id: bytes) -> PlacedOutgoing:
+        wire = GrpcWire(self.channel, transfer_id, SOURCE)
+        placement = self.receiver.placement(transfer_id)
+        assert placement is not None
+        return PlacedOutgoing(self.source, self.writer, wire, transfer_id, placement, self.threads, 5.0)
+
+    def is_equal(self, source_ids, target_ids) -> bool:
+        end = LAYER_OFFSETS[-1]
+        return self.source.slab[list(source_ids), :end].equal(self.target.slab[list(target_ids), :end])
+
+
+@asynccontextmanager
+async def one_sided() -> AsyncIterator[OneSided]:
+    source, target, guards = make_memory(32, seed=1), make_memory(32), Guards()
+    receiver = Receiver(target, kv_transfer.MAX_CHUNK_BYTES, progress_s=5.0, guards=guards)
+    server = grpc.aio.server()
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.add_generic_rpc_handlers((push_handler(receiver),))
+    await server.start()
+    threads, writer = Threads("test"), CpuWriter(source, target, open_guards(guards.name))
+    writer.gate.set()
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield OneSided(source, target, receiver, writer, threads, channel)
+            receiver.check()
+    finally:
+        threads.close()
+        await server.stop(None)
+
+
+async def test_pages_are_placed_checked_and_committed():
+    async with one_sided() as pair:
+        source_ids, target_ids = [7, 3, 30, 0, 12], [1, 31, 2, 17, 4]
+        transfer_id = pair.grant(target_ids)
+        outgoing = pair.open(transfer_id)
+        for start, stop in ((0, 3), (3, 5)):
+            for layer in range(NUM_LAYERS):
+                outgoing.push(source_ids[start:stop], start, layer, layer + 1)
+                await asyncio.sleep(0.001 * (layer % 2))
+        manifest = await outgoing.finish()
+        await pair.receiver.commit(transfer_id, manifest)
+        assert pair.is_equal(source_ids, target_ids)
+        assert manifest.num_bytes == 5 * LAYER_OFFSETS[-1] == pair.receiver.bytes_received
+        assert manifest.num_chunks == pair.writer.num_writes <= 2 * NUM_LAYERS
+
+
+async def test_a_push_is_written_once_its_pages_are_final():
+    async with one_sided() as pair:
+        transfer_id, after = pair.grant([5]), Passing()
+        outgoing = pair.open(transfer_id)
+        outgoing.push([9], 0, 0, NUM_LAYERS, after)
+        committing = asyncio.create_task(outgoing.finish())
+        await asyncio.sleep(0.05)
+        assert not pair.writer.begun.is_set() and not committing.done()
+        pair.source.slab[9] = 77
+        after.passed.set()
+        await pair.receiver.commit(transfer_id, await committing)
+        assert (pair.target.slab[5, : LAYER_OFFSETS[-1]] == 77).all()
+
+
+async def test_a_byte_that_changed_on_the_way_is_never_committed():
+    async with one_sided() as pair:
+        pair.writer.flip = True
+        transfer_id = pair.grant([5, 6])
+        outgoing = pair.open(transfer_id)
+        outgoing.push([9, 8], 0, 0, NUM_LAYERS)
+        with pytest.raises(kv_transfer.TransferCorrupt, match="checksum"):
+            await outgoing.finish()
+        assert pair.receiver.release(transfer_id) and pair.receiver.is_quarantined(transfer_id)
+        assert pair.receiver.fence(transfer_id) == "owner"
+
+
+async def test_a_write_that_fails_fails_the_transfer():
+    async with one_sided() as pair:
+        pair.writer.fails = True
+        transfer_id = pair.grant([5])
+        outgoing = pair.open(transfer_id)
+        outgoing.push([9], 0, 0, NUM_LAYERS)
+        with pytest.raises(kv_transfer.TransferBroken, match="the write failed: RuntimeError: an unspecified"):
+            await outgoing.finish()
+        assert pair.receiver.release(transfer_id)
+
+
+async def test_closed_means_that_nothing_is_in_flight():
+    async with one_sided() as pair:
+        pair.writer.gate.clear()
+        transfer_id = pair.grant([5, 6])
+        outgoing = pair.open(transfer_id)
+        outgoing.push([9], 0, 0, NUM_LAYERS)
+        outgoing.push([8], 1, 0, NUM_LAYERS)
+        await asyncio.to_thread(pair.writer.begun.wait, 5)
+        outgoing.abort("given up")
+        closed = asyncio.create_task(outgoing.wait_closed())
+        await asyncio.sleep(0.05)
+        assert not closed.done()
+        pair.writer.gate.set()
+        await closed
+        outgoing.push([7], 0, 0, NUM_LAYERS)
+        assert pair.writer.num_writes == 2
+        assert pair.receiver.release(transfer_id)
+
+
+async def test_a_writer_delayed_past_release_writes_nowhere():
+    async with one_sided() as pair:
+        pair.writer.gate.clear()
+        transfer_id = pair.grant([5, 6])
+        outgoing = pair.open(transfer_id)
+        outgoing.push([9, 8], 0, 0, NUM_LAYERS)
+        await asyncio.to_thread(pair.writer.begun.wait, 5)
+        assert pair.receiver.release(transfer_id) and pair.receiver.is_quarantined(transfer_id)
+        pair.writer.gate.set()
+        with pytest.raises(kv_transfer.TransferError):
+            await outgoing.finish()
+        assert not pair.target.slab.any()
+        assert pair.receiver.fence(transfer_id) == "owner"  # what the sender says once it is closed
