@@ -92,10 +92,17 @@ def export(memory: BlockMemory, guards: str) -> bytes:
 class CudaIpcSender:
     """Its links share a stream and two threads."""
 
-    def __init__(self, memory: BlockMemory, source: tuple[str, str], progress_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        memory: BlockMemory,
+        source: tuple[str, str],
+        progress_s: float = 10.0,
+        num_programs: int = NUM_PROGRAMS,
+    ) -> None:
         self.memory = memory
         self.source = source
         self.progress_s = progress_s
+        self.num_programs = num_programs
         self.device = memory.slab.device
         self.threads = Threads("kv-push", lambda: torch.cuda.set_device(self.device))
         self._links: list[_Link] = []
@@ -103,7 +110,7 @@ class CudaIpcSender:
     async def connect(self, address: str, endpoint: Endpoint) -> "_Link":
         handle = PoolHandle.decode(endpoint.data)
         run = asyncio.get_running_loop().run_in_executor
-        pool = await run(self.threads.launching, _Pool, self.memory, handle)
+        pool = await run(self.threads.launching, _Pool, self.memory, handle, self.num_programs)
         self._links.append(_Link(self, address, pool))
         return self._links[-1]
 
@@ -157,8 +164,9 @@ class _Link:
 class _Pool:
     """The receiver's pool, mapped. Made and used on the launching thread."""
 
-    def __init__(self, memory: BlockMemory, handle: PoolHandle) -> None:
+    def __init__(self, memory: BlockMemory, handle: PoolHandle, num_programs: int) -> None:
         """Raises TransferBroken."""
+        self.num_programs = num_programs
         self.memory = memory
         self.handle = handle
         self.device = memory.slab.device
@@ -193,13 +201,13 @@ class _Pool:
         """Launches on the side stream. `pages`: ours, and theirs from the one that holds the first token on."""
         slab, size = self.memory.slab, self.memory.block_size
         ranges = list(tile_ranges(self.memory.tiles, rect.layer_start, rect.layer_stop))
-        sums = torch.empty(len(ranges), NUM_PROGRAMS, dtype=torch.int64, pin_memory=True)
+        sums = torch.empty(len(ranges), self.num_programs, dtype=torch.int64, pin_memory=True)
         source = Side(slab.data_ptr(), slab.shape[1], size, pages[0].data_ptr(), rect.block_start)
         theirs, first = self.handle, tokens[0] // self.handle.block_size
         target = Side(self.address, theirs.block_bytes, theirs.block_size, pages[1].data_ptr(), first)
         guard = self._guards_at + 8 * placement.guard if self._guards_at else 0
         for tiles, slot in zip(ranges, sums, strict=True):
-            launch(source, target, tokens, tiles, slot.data_ptr(), NUM_PROGRAMS, guard, placement.generation)
+            launch(source, target, tokens, tiles, slot.data_ptr(), self.num_programs, guard, placement.generation)
         event = torch.cuda.Event(blocking=True)
         event.record()
         return _Write(event, sums, pages)

@@ -4,14 +4,14 @@ It takes addresses, not tensors: the target may be memory of another process or 
 rows that is contiguous on both sides; a bounded number of programs loops over all items, so that few multiprocessors
 carry the copy (NVLink takes what 16 or so of them write) and the others stay with the model.
 
-Digest of a set of rows, the same whatever the order, the block size and the program that saw them:
+Digest of a set of 32-bit words w, each at a column of the row (tile, token), the same whatever the order, the block
+size and the program that saw them:
 
-    row(tile, token) = mix(sum over 32-bit words w_c * K_c, xor mix(tile << 32 | token))      all modulo 2^64
-    digest           = sum of rows
+    sum of  w * K(column) * R(tile, token)   modulo 2^64,    K, R odd;    R = tile * A + token * B, made odd
 
-with odd 64-bit K_c: one changed bit changes its row's sum by 2^b * K_c, never 0, and mix is a bijection, so any single
-damaged row is always seen; rows swapped, moved or left as they were are seen but for one chance in 2^64. The sum over
-words is the multilinear hash of Lemire and Kaser, "Strongly universal string hashing is fast" (2014).
+A changed word changes it by (w - w') * odd, which is never 0, so any single damaged word is always seen; words or rows
+exchanged, or left as they were, are seen but for a chance of about 2^-40. (Multilinear hashing: Lemire and Kaser,
+"Strongly universal string hashing is fast", 2014. The keys are fixed: this finds damage, it is no signature.)
 """
 
 import math
@@ -23,7 +23,7 @@ import triton.language as tl
 
 from kv_transfer.relayout import TileRange
 
-MAX_TILE_WORDS = 4096  # of 32 bits, held by one program at a time
+TILE_WORDS = 4096  # of 32 bits, that a program moves at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Heads:
 def unit_tokens(source_size: int, target_size: int, row_bytes: int, start: int = 0, stop: int = 0) -> int:
     """Tokens per work item: a power of two that divides both block sizes and the ends of what moves."""
     common = math.gcd(source_size, target_size, start, stop)
-    return min(common & -common, max(1, MAX_TILE_WORDS // triton.next_power_of_2(row_bytes // 4)))
+    return min(common & -common, max(1, TILE_WORDS // triton.next_power_of_2(row_bytes // 4)))
 
 
 def launch(
@@ -65,7 +65,7 @@ def launch(
     target_heads: Heads | None = None,
     with_digest: bool = True,
     num_warps: int = 8,
-    tile_words: int = MAX_TILE_WORDS,
+    tile_words: int = TILE_WORDS,
 ) -> None:
     """Moves tokens [start, stop) of some tiles on the current stream: int64 `digests`[i] becomes program i's sum.
 
@@ -121,14 +121,6 @@ def launch(
 def total(digests: torch.Tensor) -> int:
     """The digest of what one launch moved: its programs' sums, modulo 2^64."""
     return int(digests.sum()) % 2**64
-
-
-@triton.jit
-def _mix(x):
-    """The finalizer of splitmix64."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
 
 
 # Numbers of a launch that say nothing about alignment. Else a variant for each that is 1, or a multiple of 16, would be
@@ -192,29 +184,102 @@ def move_kernel(
         held = tl.load(tl.cast(guard, tl.pointer_type(tl.int64)), volatile=True)
         num_items = tl.where(held == generation, num_items, 0)
     columns = tl.arange(0, COLUMNS)
-    keys = _mix((columns.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15) | 1
+    # The upper half of splitmix64's first step, so that word times key is one wide multiplication.
+    keys = (((columns.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15) >> 32) | 1
     row = tl.arange(0, UNITS * UNIT)  # the rows of UNITS items go together
+    stride = tl.num_programs(0) * UNITS
     item = tl.program_id(0) * UNITS + row // UNIT
-    seen = tl.zeros((UNITS * UNIT,), tl.uint64)
     first = tl.program_id(0) * UNITS
+    seen = tl.zeros((UNITS * UNIT, COLUMNS), tl.uint64)
+    places = _places(
+        item,
+        num_items,
+        num_tiles,
+        start,
+        row,
+        source_pages,
+        source_first_block,
+        source_block_words,
+        source_before,
+        source_total,
+        source_first_head,
+        num_heads,
+        SOURCE_SIZE,
+        UNIT,
+        WORDS,
+    )
+    inside = (item < num_items)[:, None] & (columns < WORDS)[None, :]
+    words = tl.load(source + places[:, None] + columns[None, :], mask=inside, other=0)
     while first < num_items:
-        here = item < num_items
-        tile, token = item % num_tiles, start + item // num_tiles * UNIT + row % UNIT
-        part, head = tile // num_heads, tile % num_heads
-        inside = here[:, None] & (columns < WORDS)[None, :]
-        page = tl.load(source_pages + (token // SOURCE_SIZE - source_first_block), mask=here, other=0).to(tl.int64)
-        offset = source_before + (part * source_total + source_first_head + head) * (SOURCE_SIZE * WORDS)
-        begin = page * source_block_words + offset + token % SOURCE_SIZE * WORDS
-        words = tl.load(source + begin[:, None] + columns[None, :], mask=inside, other=0)
+        # The next rows are on their way while these are written and digested: a program keeps a multiprocessor busy.
+        following = item + stride
+        places = _places(
+            following,
+            num_items,
+            num_tiles,
+            start,
+            row,
+            source_pages,
+            source_first_block,
+            source_block_words,
+            source_before,
+            source_total,
+            source_first_head,
+            num_heads,
+            SOURCE_SIZE,
+            UNIT,
+            WORDS,
+        )
+        ahead = (following < num_items)[:, None] & (columns < WORDS)[None, :]
+        next_words = tl.load(source + places[:, None] + columns[None, :], mask=ahead, other=0)
         if PUSH:
-            page = tl.load(target_pages + (token // TARGET_SIZE - target_first_block), mask=here, other=0).to(tl.int64)
-            offset = target_before + (part * target_total + target_first_head + head) * (TARGET_SIZE * WORDS)
-            begin = page * target_block_words + offset + token % TARGET_SIZE * WORDS
-            tl.store(target + begin[:, None] + columns[None, :], words, mask=inside)
+            places = _places(
+                item,
+                num_items,
+                num_tiles,
+                start,
+                row,
+                target_pages,
+                target_first_block,
+                target_block_words,
+                target_before,
+                target_total,
+                target_first_head,
+                num_heads,
+                TARGET_SIZE,
+                UNIT,
+                WORDS,
+            )
+            tl.store(target + places[:, None] + columns[None, :], words, mask=inside)
         if DIGEST:
-            sums = tl.sum(words.to(tl.uint32, bitcast=True).to(tl.uint64) * keys[None, :], axis=1)
-            position = (first_tile + tile).to(tl.uint64) << 32 | token.to(tl.uint64)
-            seen += tl.where(here, _mix(sums ^ _mix(position)), 0)
-        item += tl.num_programs(0) * UNITS
-        first += tl.num_programs(0) * UNITS
-    tl.store(digests + tl.program_id(0), tl.sum(seen, axis=0).to(tl.int64, bitcast=True))
+            tile, token = first_tile + item % num_tiles, start + item // num_tiles * UNIT + row % UNIT
+            weight = (tile.to(tl.uint64) * 0xBF58476D1CE4E5B9 + token.to(tl.uint64) * 0x94D049BB133111EB) | 1
+            seen += words.to(tl.uint32, bitcast=True).to(tl.uint64) * keys[None, :] * weight[:, None]
+        words, inside, item = next_words, ahead, following
+        first += stride
+    tl.store(digests + tl.program_id(0), tl.sum(tl.sum(seen, axis=1), axis=0).to(tl.int64, bitcast=True))
+
+
+@triton.jit
+def _places(
+    item,
+    num_items,
+    num_tiles,
+    start,
+    row,
+    pages,
+    first_block,
+    block_words,
+    before,
+    total,
+    first_head,
+    num_heads,
+    SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Where the items' rows begin in a pool, in words; 0 behind the last item."""
+    tile, token = item % num_tiles, start + item // num_tiles * UNIT + row % UNIT
+    page = tl.load(pages + (token // SIZE - first_block), mask=item < num_items, other=0).to(tl.int64)
+    offset = before + (tile // num_heads * total + first_head + tile % num_heads) * (SIZE * WORDS)
+    return page * block_words + offset + token % SIZE * WORDS

@@ -17,19 +17,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK = (1 << 64) - 1
 
 
-def mix(x: int) -> int:
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
-    return x ^ (x >> 31)
-
-
 def digest_of(rows: dict[tuple[int, int], bytes]) -> int:
     """By (tile, token): what the kernel's docstring says, in Python."""
     result = 0
     for (tile, token), row in rows.items():
-        words = np.frombuffer(row, np.uint32).tolist()
-        keyed = sum(w * (mix((c + 1) * 0x9E3779B97F4A7C15 & MASK) | 1) for c, w in enumerate(words)) & MASK
-        result += mix(keyed ^ mix(tile << 32 | token))
+        weight = (tile * 0xBF58476D1CE4E5B9 + token * 0x94D049BB133111EB) & MASK | 1
+        for column, word in enumerate(np.frombuffer(row, np.uint32).tolist()):
+            key = ((column + 1) * 0x9E3779B97F4A7C15 & MASK) >> 32 | 1
+            result += word * key * weight
     return result & MASK
 
 
