@@ -21,7 +21,7 @@ from engine.config import EngineConfig
 from engine.device_sampler import Picker
 from engine.inputs import Inputs
 from engine.kv_cache import KVCache
-from engine.kv_layout import ITEM_BYTES, KVLayout, LayerShape
+from engine.kv_layout import FP8, ITEM_BYTES, KVLayout, LayerShape
 from engine.paged_attention import Call, Workspace, attend_chunks, attend_singles
 from engine.sequence import Row
 from engine.verify import _sequence
@@ -123,7 +123,8 @@ def _tasks(shape: _Shape, config: EngineConfig, device: torch.device, block_size
     num_tokens, heads, kv_heads, dim = 2 * block_size, shape.num_heads, shape.num_kv_heads, shape.dim
     max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
     layers = [LayerShape(kv_heads, dim, dim, window) for window in shape.windows]
-    layout = KVLayout.of("ahead", "", "", str(shape.dtype).removeprefix("torch."), block_size, layers)
+    kv_dtype = FP8 if config.kv_cache_dtype == "fp8" else None
+    layout = KVLayout.of("ahead", "", "", str(shape.dtype).removeprefix("torch."), block_size, layers, kv_dtype)
     cache = KVCache(layout, 2, device)
     space = Workspace(cache, max_rows, heads)
     inputs = Inputs(device, num_tokens, 1, 2, shape.windows, space.tile, space.queries)

@@ -7,6 +7,7 @@ import torch
 from engine.config import EngineConfig
 
 GRAPH_BYTES = 4 << 20  # what a captured graph of a few hundred kernels takes beside its tensors
+OLDEST_FP8 = (8, 9)  # has conversions from and to e4m3
 OLDEST = (8, 0)  # compute capability: bfloat16 and the kernels' asynchronous copies
 
 
@@ -28,8 +29,11 @@ def pick_device(config: EngineConfig) -> torch.device:
             f"device: {torch.cuda.get_device_name(device)} has compute capability {_dotted(capability)}, and at least "
             f"{_dotted(OLDEST)} is needed; set device to cpu"
         )
-    if config.kv_cache_dtype == "fp8":
-        raise ValueError("kv_cache_dtype: fp8 is for CPUs so far; set it to auto")
+    if config.kv_cache_dtype == "fp8" and capability < OLDEST_FP8:
+        raise ValueError(
+            f"kv_cache_dtype: fp8 needs compute capability {_dotted(OLDEST_FP8)}, and "
+            f"{torch.cuda.get_device_name(device)} has {_dotted(capability)}; set it to auto"
+        )
     if config.paged is not False and find_spec("triton") is None:
         raise ValueError(f"device: {name!r} needs the package triton, which is not installed; or set device to cpu")
     torch.cuda.set_device(device)

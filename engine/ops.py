@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, Slots, Table
 
 force_triton = False  # tests: run the kernels on CPU tensors, in Triton's interpreter
 force_reference = False  # the definitions on CUDA too: what a fused layer is proven with
@@ -106,8 +106,10 @@ def rope_write(
         norm.weight if norm else cos,
         norms[1].weight if norms else cos,
         cache.elements,
+        cache.slab,
         slots,
         span.first,
+        span.scales,
         cache.elements.stride(0),
         norm.eps if norm else 0.0,
         num_heads,
@@ -118,6 +120,7 @@ def rope_write(
         HALF=_power(dim // 2),
         HEADS=heads,
         BLOCK_SIZE=cache.layout.block_size,
+        SCALED=cache.is_scaled,
         num_warps=2,
     )
 
@@ -126,8 +129,6 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, layer: int,
     """key [num_tokens, num_kv_heads, key_dim], value likewise, of any strides but the last."""
     span, size = cache.spans[layer], cache.layout.block_size
     if not _triton(key):
-        from engine.kv_cache import Slots
-
         chosen = (slots >= 0).nonzero().flatten()
         picked = slots[chosen].long()
         cache.layers[layer].write(key[chosen], value[chosen], Slots(picked // size, picked % size))
@@ -140,8 +141,10 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, layer: int,
         key,
         value,
         cache.elements,
+        cache.slab,
         slots,
         span.first,
+        span.scales,
         cache.elements.stride(0),
         key.stride(0),
         key.stride(1),
@@ -153,6 +156,7 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, layer: int,
         KEY_BLOCK=_power(span.key_dim),
         VALUE_BLOCK=_power(span.value_dim),
         BLOCK_SIZE=size,
+        SCALED=cache.is_scaled,
         num_warps=1,
     )
 
@@ -161,14 +165,24 @@ def gather(table: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
     """A layer's K and V, of one width, in the blocks `table` (int32): [2 * num_kv_heads, tokens, dim]."""
     span, size = cache.spans[layer], cache.layout.block_size
     tile, num_tiles = size * span.key_dim, 2 * span.num_kv_heads
-    if not _triton(cache.elements):
-        picked = cache.elements[table.long(), span.first : span.first + num_tiles * tile]
-        return picked.view(-1, num_tiles, size, span.key_dim).transpose(0, 1).flatten(1, 2)
+    if not _triton(cache.slab):
+        return torch.cat(cache.layers[layer].gather(Table(table[None].long())), 1)[0]
     from engine.triton_layer import gather_kernel
 
-    out = cache.elements.new_empty(num_tiles, table.shape[0] * size, span.key_dim)
+    out = torch.empty(num_tiles, table.shape[0] * size, span.key_dim, dtype=cache.dtype, device=table.device)
     gather_kernel[(table.shape[0], num_tiles)](
-        cache.elements, table, out, span.first, cache.elements.stride(0), TILE=tile, BLOCK=2048, num_warps=4
+        cache.elements,
+        cache.slab,
+        table,
+        out,
+        span.first,
+        span.scales,
+        cache.elements.stride(0),
+        TILE=tile,
+        DIM=span.key_dim,
+        BLOCK=2048,
+        SCALED=cache.is_scaled,
+        num_warps=4,
     )
     return out
 

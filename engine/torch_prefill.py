@@ -71,6 +71,12 @@ def attend_run(
     cache: KVCache,
 ) -> torch.Tensor:
     """[num_queries of all, num_heads, dim], each causal, its last query seeing all its `kv_len` tokens."""
+    if cache.is_scaled:  # attention sees what the cache holds, whatever chunks a prompt comes in
+        parts = [gather(chunk, call.layer, cache, chunk.kv_len) for chunk in run]
+        key, value = (
+            torch.cat([x[-chunk.num_queries :] for x, chunk in zip(both, run, strict=True)])
+            for both in zip(*parts, strict=True)
+        )
     if len(run) > 1:
         q, k, v = (x.unflatten(0, (len(run), -1)) for x in (query, key, value))
         return _cudnn(q, k, v, call.scale, True)[0].flatten(0, 1)

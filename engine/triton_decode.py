@@ -11,6 +11,8 @@ After "Stream-K" (Osama et al. 2023) and "Lean Attention" (Sanovar et al. 2024).
 import triton
 import triton.language as tl
 
+from engine.triton_fp8 import power
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -18,6 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def decode_kernel(
     query,  # [num_rows, num_heads, key_dim], any strides but the last
     cache,  # the slab, as elements
+    scales,  # the slab, as bytes
     out,  # [num_rows, num_heads, value_dim]
     partial,  # float32 [num_kv_heads, num_programs, 2, GROUP_BLOCK, VALUE_BLOCK]
     stats,  # float32 [num_kv_heads, num_programs, 2, 2, GROUP_BLOCK]: maximum and sum
@@ -31,6 +34,7 @@ def decode_kernel(
     query_row,
     query_head,
     first,  # of this layer's K inside a block, in elements
+    first_scale,  # of this layer's scales, in bytes
     block_stride,
     scale,
     softcap,
@@ -49,6 +53,7 @@ def decode_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    SCALED: tl.constexpr,  # the cache is float8
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -97,17 +102,21 @@ def decode_kernel(
             if BLOCK_SIZE % BLOCK == 0:  # a tile lies in one block
                 block = tl.load(table + start // BLOCK_SIZE).to(tl.int64) * block_stride
                 token = start % BLOCK_SIZE + n
-                keys = block + token * KEY_DIM
-                values = block + token * VALUE_DIM
             else:
                 block = tl.load(table + position // BLOCK_SIZE, mask=seen, other=0).to(tl.int64) * block_stride
-                keys = block + (position % BLOCK_SIZE) * KEY_DIM
-                values = block + (position % BLOCK_SIZE) * VALUE_DIM
+                token = position % BLOCK_SIZE
+            keys = block + token * KEY_DIM
+            values = block + token * VALUE_DIM
             if KEY_DIM == KEY_BLOCK:
                 k = tl.load(key_base + keys[None, :] + dk[:, None])
             else:
                 k = tl.load(key_base + keys[None, :] + dk[:, None], mask=dk[:, None] < KEY_DIM, other=0.0)
-            scores = tl.dot(q, k, input_precision=PRECISION) * scale
+            if SCALED:
+                places = scales + first_scale + head * BLOCK_SIZE + block + token
+                key_scale = power(tl.load(places, mask=seen, other=0))
+                scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * (key_scale * scale)[None, :]
+            else:
+                scores = tl.dot(q, k, input_precision=PRECISION) * scale
             if HAS_CAP:
                 scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
             scores = tl.where(seen[None, :], scores * LOG2E, -1e30)
@@ -118,6 +127,9 @@ def decode_kernel(
             v = tl.load(
                 value_base + values[:, None] + dv[None, :], mask=seen[:, None] & (dv[None, :] < VALUE_DIM), other=0.0
             )
+            if SCALED:
+                value_scale = power(tl.load(places + num_kv_heads * BLOCK_SIZE, mask=seen, other=0))
+                v = (v.to(tl.float32) * value_scale[:, None]).to(q.dtype)
             acc = acc * shrink[:, None]
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
             total_sum = total_sum * shrink + tl.sum(weights, 1)

@@ -6,6 +6,8 @@ All compute in float32 and round once, where the original modules round after ev
 import triton
 import triton.language as tl
 
+from engine.triton_fp8 import power, quantise, row_scale
+
 
 @triton.jit
 def add_norm_kernel(
@@ -69,8 +71,10 @@ def rope_write_kernel(
     q_weight,  # [dim], of the norm on each query head, when NORM
     k_weight,
     cache,  # the slab, as elements
+    scales,  # the slab, as bytes
     slots,  # int32 [num_tokens]: block * block_size + offset; below zero: not written
     first,  # of this layer's K inside a block, in elements
+    first_scale,  # of this layer's scales, in bytes
     block_stride,  # elements per block
     eps,
     num_heads,
@@ -81,6 +85,7 @@ def rope_write_kernel(
     HALF: tl.constexpr,  # power of two >= dim / 2
     HEADS: tl.constexpr,  # per program; divides both head counts
     BLOCK_SIZE: tl.constexpr,
+    SCALED: tl.constexpr,  # the cache is float8
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS
@@ -115,8 +120,16 @@ def rope_write_kernel(
         # K of all heads, then V of all heads: one run of 2 * num_kv_heads tiles
         target = (slot // BLOCK_SIZE) * block_stride + first + (slot % BLOCK_SIZE) * DIM
         target += (heads[:, None] - num_heads) * (BLOCK_SIZE * DIM) + d[None, :]
-        tl.store(cache + target, low, mask=inside)
-        tl.store(cache + target + half, high, mask=inside)
+        if SCALED:
+            x, y = low.to(tl.float32), high.to(tl.float32)
+            row = row_scale(tl.maximum(tl.max(tl.abs(x), 1), tl.max(tl.abs(y), 1)))
+            place = (slot // BLOCK_SIZE) * block_stride + first_scale + slot % BLOCK_SIZE
+            tl.store(scales + place + (heads - num_heads) * BLOCK_SIZE, row.to(tl.uint8))
+            tl.store(cache + target, quantise(x, row[:, None]), mask=inside)
+            tl.store(cache + target + half, quantise(y, row[:, None]), mask=inside)
+        else:
+            tl.store(cache + target, low, mask=inside)
+            tl.store(cache + target + half, high, mask=inside)
 
 
 @triton.jit
@@ -124,8 +137,10 @@ def write_kernel(
     key,  # [num_tokens, num_kv_heads, key_dim], any strides but the last
     value,  # [num_tokens, num_kv_heads, value_dim]
     cache,
+    scales,
     slots,
     first,
+    first_scale,
     block_stride,
     key_token,
     key_head,
@@ -137,6 +152,7 @@ def write_kernel(
     KEY_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -145,10 +161,21 @@ def write_kernel(
         base = (slot // BLOCK_SIZE) * block_stride + first
         offset = slot % BLOCK_SIZE
         d = tl.arange(0, KEY_BLOCK)
-        k = tl.load(key + token * key_token + head * key_head + d, mask=d < KEY_DIM)
+        k = tl.load(key + token * key_token + head * key_head + d, mask=d < KEY_DIM, other=0.0)
+        place = scales + (slot // BLOCK_SIZE) * block_stride + first_scale + head * BLOCK_SIZE + offset
+        if SCALED:
+            k = k.to(tl.float32)
+            scale = row_scale(tl.max(tl.abs(k), 0))
+            tl.store(place, scale.to(tl.uint8))
+            k = quantise(k, scale)
         tl.store(cache + base + (head * BLOCK_SIZE + offset) * KEY_DIM + d, k, mask=d < KEY_DIM)
         d = tl.arange(0, VALUE_BLOCK)
-        v = tl.load(value + token * value_token + head * value_head + d, mask=d < VALUE_DIM)
+        v = tl.load(value + token * value_token + head * value_head + d, mask=d < VALUE_DIM, other=0.0)
+        if SCALED:
+            v = v.to(tl.float32)
+            scale = row_scale(tl.max(tl.abs(v), 0))
+            tl.store(place + num_kv_heads * BLOCK_SIZE, scale.to(tl.uint8))
+            v = quantise(v, scale)
         base += num_kv_heads * BLOCK_SIZE * KEY_DIM
         tl.store(cache + base + (head * BLOCK_SIZE + offset) * VALUE_DIM + d, v, mask=d < VALUE_DIM)
 
@@ -156,19 +183,27 @@ def write_kernel(
 @triton.jit
 def gather_kernel(
     cache,  # the slab, as elements
+    scales,  # the slab, as bytes
     table,  # int32 [num_blocks]
     out,  # [num_tiles, num_blocks, TILE]
     first,  # of this layer's K inside a block, in elements
+    first_scale,  # of this layer's scales, in bytes
     block_stride,
     TILE: tl.constexpr,  # elements of one head's K or V in a block
+    DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,  # the cache is float8
 ):
     block = tl.load(table + tl.program_id(0)).to(tl.int64)
     source = cache + block * block_stride + first + tl.program_id(1) * TILE
     target = out + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * TILE
     for start in tl.static_range(0, TILE, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        tl.store(target + i, tl.load(source + i, mask=i < TILE), mask=i < TILE)
+        x = tl.load(source + i, mask=i < TILE)
+        if SCALED:
+            row = block * block_stride + first_scale + tl.program_id(1) * (TILE // DIM) + i // DIM
+            x = (x.to(tl.float32) * power(tl.load(scales + row, mask=i < TILE))).to(out.dtype.element_ty)
+        tl.store(target + i, x, mask=i < TILE)
 
 
 @triton.jit

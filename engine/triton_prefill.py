@@ -10,6 +10,8 @@ window cuts through are masked:
 import triton
 import triton.language as tl
 
+from engine.triton_fp8 import power
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -17,6 +19,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def prefill_kernel(
     query,  # [num_tokens, num_heads, key_dim], any strides but the last
     cache,  # the slab, as elements
+    scales,  # the slab, as bytes
     out,  # [num_tokens, num_heads, value_dim]
     work,  # int32 [num_programs, 2]: chunk, and which of its tiles of queries; -1: nothing to do
     chunks,  # int32 [num_chunks, 4]: first token in the step, queries, tokens in all (they are the last), table's start
@@ -25,6 +28,7 @@ def prefill_kernel(
     query_row,
     query_head,
     first,  # of this layer's K inside a block, in elements
+    first_scale,  # of this layer's scales, in bytes
     block_stride,
     scale,
     softcap,
@@ -41,6 +45,7 @@ def prefill_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    SCALED: tl.constexpr,  # the cache is float8
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -66,6 +71,8 @@ def prefill_kernel(
     )
     key_base = cache + first + kv_head * (BLOCK_SIZE * KEY_DIM)
     value_base = cache + first + (num_kv_heads * KEY_DIM + kv_head * VALUE_DIM) * BLOCK_SIZE
+    key_scales = scales + first_scale + kv_head * BLOCK_SIZE
+    value_scales = key_scales + num_kv_heads * BLOCK_SIZE
     total = tl.zeros([QUERIES], tl.float32)
     maximum = tl.full([QUERIES], -1e30, tl.float32)
     acc = tl.zeros([QUERIES, VALUE_BLOCK], tl.float32)
@@ -79,19 +86,19 @@ def prefill_kernel(
         whole = tl.minimum((last + BLOCK - 1) // BLOCK * BLOCK, stop)
         diagonal = tl.maximum(diagonal, whole)
         acc, total, maximum = _tiles(
-            q, acc, total, maximum, begin, whole, stop, position, table, key_base, value_base, block_stride, scale,
-            softcap, window, KEY_DIM, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK, BLOCK_SIZE, BLOCK, True, HAS_WINDOW, HAS_CAP,
-            PRECISION, STAGES,
+            q, acc, total, maximum, begin, whole, stop, position, table, key_base, value_base, key_scales, value_scales,
+            block_stride, scale, softcap, window, KEY_DIM, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK, BLOCK_SIZE, BLOCK, True,
+            HAS_WINDOW, HAS_CAP, SCALED, PRECISION, STAGES,
         )  # fmt: skip
     acc, total, maximum = _tiles(
-        q, acc, total, maximum, whole, diagonal, stop, position, table, key_base, value_base, block_stride, scale,
-        softcap, window, KEY_DIM, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK, BLOCK_SIZE, BLOCK, False, HAS_WINDOW, HAS_CAP,
-        PRECISION, STAGES,
+        q, acc, total, maximum, whole, diagonal, stop, position, table, key_base, value_base, key_scales, value_scales,
+        block_stride, scale, softcap, window, KEY_DIM, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK, BLOCK_SIZE, BLOCK, False,
+        HAS_WINDOW, HAS_CAP, SCALED, PRECISION, STAGES,
     )  # fmt: skip
     acc, total, maximum = _tiles(
-        q, acc, total, maximum, diagonal, stop, stop, position, table, key_base, value_base, block_stride, scale,
-        softcap, window, KEY_DIM, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK, BLOCK_SIZE, BLOCK, True, HAS_WINDOW, HAS_CAP,
-        PRECISION, STAGES,
+        q, acc, total, maximum, diagonal, stop, stop, position, table, key_base, value_base, key_scales, value_scales,
+        block_stride, scale, softcap, window, KEY_DIM, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK, BLOCK_SIZE, BLOCK, True,
+        HAS_WINDOW, HAS_CAP, SCALED, PRECISION, STAGES,
     )  # fmt: skip
     if HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
@@ -117,6 +124,8 @@ def _tiles(
     table,
     key_base,
     value_base,
+    key_scales,
+    value_scales,
     block_stride,
     scale,
     softcap,
@@ -130,6 +139,7 @@ def _tiles(
     MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -150,7 +160,11 @@ def _tiles(
             k = tl.load(key_base + keys[None, :] + dk[:, None])
         else:
             k = tl.load(key_base + keys[None, :] + dk[:, None], mask=dk[:, None] < KEY_DIM, other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION)
+        if SCALED:
+            key_scale = power(tl.load(key_scales + block + place, mask=token < stop, other=0))
+            scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * key_scale[None, :]
+        else:
+            scores = tl.dot(q, k, input_precision=PRECISION)
         if HAS_CAP:
             scores = softcap * LOG2E * _tanh(scores * (scale / softcap), PRECISION == "ieee")
         else:
@@ -173,6 +187,9 @@ def _tiles(
             )
         else:
             v = tl.load(value_base + values[:, None] + dv[None, :])
+        if SCALED:
+            value_scale = power(tl.load(value_scales + block + place, mask=token < stop, other=0))
+            v = (v.to(tl.float32) * value_scale[:, None]).to(q.dtype)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from engine.config import EngineConfig
 from engine.model import load
 from engine.prove import _Proof, fuse_model
+from engine.request import Request, SamplingParams
 from engine.runner import Runner
 from tests.engines import KINDS, Listener, assert_idle, checkpoint, greedy, make_engine, prompt, run, sampled
 from tests.handoff import Handoff
@@ -28,12 +29,37 @@ def test_cuda_equals_cpu(family: str, tmp_path: Path) -> None:
     assert on_cuda.outputs == on_cpu.outputs
 
 
-def test_disaggregated_equals_colocated_across_devices(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3"])
+def test_fp8_on_cuda_equals_fp8_on_cpu(family: str, tmp_path: Path) -> None:
+    """Rounding is the same, but a value whose last bits differ may be rounded to its other neighbour: so logits are
+    compared, and only as far as the tokens agree."""
+    model = checkpoint(tmp_path, family, **FAMILIES[family])
+    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=131)
+    prompts = [prompt(n, i) for i, n in enumerate((70, 3, 41, 16, 100))]
+    requests = [Request(str(i), tuple(ids), len(ids), sampling) for i, ids in enumerate(prompts)]
+    options = dict(max_num_batched_tokens=33, block_size=16, kv_cache_dtype="fp8", dtype="float32")
+    on_cpu = {(t.request_id, t.offset): t for t in run(model, requests, **options).tokens}
+    on_cuda = {(t.request_id, t.offset): t for t in run(model, requests, device="cuda", **options).tokens}
+    compared = 0
+    for request in requests:
+        for offset in range(16):
+            one, other = on_cpu[request.id, offset], on_cuda[request.id, offset]
+            ours, theirs = ({t.token_id: t.logprob for t in x.logprob.top} for x in (one, other))
+            spread = max(ours.values()) - min(ours.values())
+            assert max(abs(ours[token] - theirs[token]) for token in ours) <= 0.02 * spread
+            compared += 1
+            if one.token_id != other.token_id:
+                break
+    assert compared >= 60
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_disaggregated_equals_colocated_across_devices(tmp_path: Path, kv_cache_dtype: str) -> None:
     model = checkpoint(tmp_path, "llama")
     requests = [sampled(f"n{n}", prompt(n, n), num_sequences=2) for n in (31, 64, 100)]
-    colocated = run(model, requests)
+    options = dict(max_num_batched_tokens=40, block_size=16, kv_cache_dtype=kv_cache_dtype)
+    colocated = run(model, requests, **options)
     la, lb = Listener(), Listener()
-    options = dict(max_num_batched_tokens=40, block_size=16)
     with (
         make_engine(model, la, device="cuda", **options) as a,
         make_engine(model, lb, device="cpu", **options) as b,
@@ -50,11 +76,13 @@ def test_disaggregated_equals_colocated_across_devices(tmp_path: Path) -> None:
         assert_idle(b)
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_pool_from_free_memory_and_half_precision(tmp_path: Path, dtype: str) -> None:
+def test_pool_from_free_memory_and_half_precision(tmp_path: Path, dtype: str, kv_cache_dtype: str) -> None:
     model = checkpoint(tmp_path, "llama")
     listener, request = Listener(), greedy("x", prompt(40), 20)
     options = dict(num_blocks=None, block_size=None, gpu_memory_utilization=0.5, dtype=dtype)
+    options["kv_cache_dtype"] = kv_cache_dtype
     with make_engine(model, listener, device="cuda", **options) as engine:
         assert engine.layout.block_size == 64
         total = torch.cuda.get_device_properties(0).total_memory

@@ -43,6 +43,15 @@ def test_a_gpu_that_is_too_old(gpu: SimpleNamespace) -> None:
     assert pick_device(EngineConfig("m", device="cpu")).type == "cpu"
 
 
+def test_a_gpu_without_float8(gpu: SimpleNamespace) -> None:
+    assert pick_device(EngineConfig("m", kv_cache_dtype="fp8")).type == "cuda"
+    gpu.capability = (8, 0)
+    with pytest.raises(
+        ValueError, match=r"kv_cache_dtype: fp8 needs compute capability 8\.9, .* has 8\.0; set it to auto"
+    ):
+        pick_device(EngineConfig("m", kv_cache_dtype="fp8"))
+
+
 def test_a_gpu_that_is_not_there(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"device: 'cuda:3' is not in \[cuda:0, cuda:0\]"):
         pick_device(EngineConfig("m", device="cuda:3"))
