@@ -15,7 +15,6 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -25,14 +24,14 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
+from engine.flights import Flights
 from engine.invariants import check
 from engine.limits import Limits
 from engine.model import ModelInfo
 from engine.request import Event, Failed, FirstToken, Request, Reservation
-from engine.runner import Handle, KVSink, Runner
+from engine.runner import KVSink, Runner
 from engine.scheduler import Scheduler
 from engine.sequence import EngineStats, Plan
-from engine.shrink import OutOfMemory
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class Engine:
         self._on_events = on_events
         self._sinks: dict[str, KVSink] = {}  # engine thread only
         self._grants: dict[str, Future[Reservation]] = {}  # engine thread only
-        self._flying: deque[tuple[Plan, Handle]] = deque()  # engine thread only
+        self._flights = Flights(runner, self._scheduler)  # engine thread only
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []  # guarded by _wake, as is all below
         self._ids: set[str] = set()
@@ -274,50 +273,15 @@ class Engine:
         if plan.events:
             self._emit(plan.events)  # before the step: who hears Started takes the time
         self._tell_sinks(plan)
-        events: list[Event] = []
-        is_busy = bool(plan.rows or self._flying)
+        is_busy = bool(plan.rows or self._flights)
         ahead = self._runner.runs_ahead and plan.rows and not plan.must_settle and not any(r.report for r in plan.rows)
-        if plan.rows:
-            try:
-                self._flying.append((plan, self._runner.launch(plan, self._sinks)))
-            except OutOfMemory as error:
-                log.warning("no memory for a step of %d tokens: it is cut", sum(r.num_tokens for r in plan.rows))
-                events += self._take_in(0)
-                events += self._compute_in_parts(plan, error.announced)
-            except Exception as error:
-                events += self._lose(plan, error)
-        events += self._take_in(1 if ahead else 0)
+        events = self._flights.launch(plan, self._sinks) if plan.rows else []
+        events += self._flights.take_in(1 if ahead else 0)
         self._apply()
         self._settle()
         if events:
             self._emit(events)
         return is_busy
-
-    def _take_in(self, ahead: int) -> list[Event]:
-        """The results of all steps in flight but the last `ahead`."""
-        events: list[Event] = []
-        while len(self._flying) > ahead:
-            launched, handle = self._flying.popleft()
-            try:
-                results = handle.result()
-            except Exception as error:
-                events += self._lose(launched, error)
-            else:
-                events += self._scheduler.update(launched, results)
-        return events
-
-    def _compute_in_parts(self, plan: Plan, announced: set[int]) -> list[Event]:
-        """With no step in flight: smaller ones overwrite the tokens that only the device knows."""
-        try:
-            results = self._runner.compute_in_parts(plan, self._sinks, announced)
-        except Exception as error:
-            return self._lose(plan, error)
-        return self._scheduler.update(plan, results)
-
-    def _lose(self, plan: Plan, error: Exception) -> list[Event]:
-        """The requests of this step are lost, the engine is not."""
-        log.error("a step of %d rows failed", len(plan.rows), exc_info=error)
-        return self._scheduler.fail(plan, "INTERNAL", f"the step failed: {type(error).__name__}: {error}")
 
     def _tell_sinks(self, plan: Plan) -> None:
         for reservation in plan.granted:
