@@ -28,12 +28,12 @@ from engine.engine import Engine
 from kv_transfer import locality
 from kv_transfer.guards import Guards
 from kv_transfer.memory import BlockMemory
+from kv_transfer.peers import Peers
 from kv_transfer.placement import placement_from_pb
 from kv_transfer.receiver import Receiver
 from kv_transfer.relayout import Tiles
 from kv_transfer.writers import Writers
 from prefill_worker.offers import Offers
-from prefill_worker.peers import Peers
 from prefill_worker.servicer import PrefillServicer
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc

@@ -10,8 +10,8 @@ import grpc
 from decode_worker.decoder import Decoder
 from decode_worker.returns import Returns
 from engine.engine import Engine
+from kv_transfer.peers import Peers
 from kv_transfer.receiver import Receiver
-from prefill_worker.peers import Peers
 from prefill_worker.servicer import PrefillServicer
 from protos import inference_pb2, worker_pb2, worker_pb2_grpc
 

@@ -12,7 +12,6 @@ Nobody waits for a return, and nothing depends on it: what fails is dropped and 
 """
 
 import asyncio
-import contextlib
 import logging
 import uuid
 from collections import deque
@@ -25,16 +24,15 @@ from engine.engine import Engine
 from engine.prefix import block_hashes
 from engine.wire import token_hash
 from kv_transfer.base import TransferError
+from kv_transfer.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
 from kv_transfer.placement import placement_from_pb
 from kv_transfer.relayout import whole_blocks
-from prefill_worker.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
 from protos import kv_transfer_pb2 as kv
 
 MAX_AT_ONCE = 2  # each reads pages and sends bytes beside running requests
 MAX_WAITING = 32
 OFFER_TIMEOUT_S = 2.0
 COMMIT_TIMEOUT_S = 30.0
-RELEASE_TIMEOUT_S = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -159,11 +157,10 @@ class Returns:
         self, peer: Peer, granted: kv.OfferResponse, block_ids: tuple[int, ...], token_ids: list[int]
     ) -> None:
         transfer_id, first_block = granted.transfer_id, granted.cached_tokens // self._engine.layout.block_size
-        outgoing = peer.link.open(transfer_id, placement=placement_from_pb(granted))
         is_committed = False
+        outgoing = peer.link.open(transfer_id, placement=placement_from_pb(granted))
+        peer.hold(transfer_id, granted.lease_ms / 1000, self._peers.source, lambda: outgoing.abort("the lease is over"))
         try:
-            lease_s = granted.lease_ms / 1000
-            peer.hold(transfer_id, lease_s, self._peers.source, lambda: outgoing.abort("the lease is over"))
             outgoing.push(block_ids[first_block:], first_block, 0, self._engine.layout.num_layers)
             manifest = await outgoing.finish()
             request = kv.CommitRequest(
@@ -183,6 +180,4 @@ class Returns:
             outgoing.abort("given up")
             await outgoing.wait_closed()
             if not is_committed:
-                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
-                    release = kv.ReleaseRequest(transfer_id=transfer_id, reason="given up", fenced=True)
-                    await peer.stub.Release(release, timeout=RELEASE_TIMEOUT_S)
+                await peer.release(transfer_id, "given up by the decode worker")

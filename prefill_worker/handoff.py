@@ -8,7 +8,6 @@ The engine thread calls `wanted` and `ready` (the KVSink hooks); everything else
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Sequence
 
@@ -18,14 +17,13 @@ from engine.engine import Engine
 from engine.request import Request
 from engine.wire import token_hash
 from kv_transfer.base import Manifest, Outgoing, ReadyEvent, TransferCorrupt, TransferError
+from kv_transfer.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
 from kv_transfer.placement import placement_from_pb
-from prefill_worker.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
 from protos import inference_pb2
 from protos import kv_transfer_pb2 as kv
 
 # Commit answers once the receiver has checked every byte, so it may wait for chunks still on the wire.
 COMMIT_TIMEOUT_S = 30.0
-RELEASE_TIMEOUT_S, RELEASE_TRIES = 2.5, 2
 _log = logging.getLogger(__name__)
 
 
@@ -109,6 +107,8 @@ class Handoff:
             await self._peer.stub.Commit(self._commit_request(manifest, first_tokens), timeout=COMMIT_TIMEOUT_S)
         except TransferError as error:
             raise _failed(error, self._target) from error
+        except PeerUnavailable as error:
+            raise HandoffFailed(inference_pb2.ERROR_REASON_DECODE_WORKER_LOST, str(error), True) from error
         except grpc.aio.AioRpcError as error:
             raise _from_status(error, self._target) from error
         self._committed = True
@@ -133,16 +133,7 @@ class Handoff:
                 self._outgoing.abort("given up")
             await self._outgoing.wait_closed()
         if self._peer is not None and self._transfer_id and not self._committed:
-            self._peer.drop(self._transfer_id)
-            await self._release(self._peer)
-
-    async def _release(self, peer: Peer) -> None:
-        """Gives the ticket up. The transfer is closed, so no write is in flight any more: D waits to hear that."""
-        request = kv.ReleaseRequest(transfer_id=self._transfer_id, reason="given up by the prefill worker", fenced=True)
-        for _ in range(RELEASE_TRIES):
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                await peer.stub.Release(request, timeout=RELEASE_TIMEOUT_S, wait_for_ready=True)
-                return
+            await self._peer.release(self._transfer_id, "given up by the prefill worker")
 
     def _start_reserving(self) -> None:
         if not self._closed and self._reserving is None:

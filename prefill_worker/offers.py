@@ -20,11 +20,11 @@ import grpc
 from engine.engine import Engine
 from engine.prefix import block_hashes
 from engine.wire import token_hash
+from kv_transfer.peers import Peers
 from kv_transfer.placement import placement_to_pb
 from kv_transfer.receiver import Receiver
 from kv_transfer.refusal import Refusal, check_target, verify
 from kv_transfer.writers import Writers
-from prefill_worker.peers import Peers
 from protos import kv_transfer_pb2 as kv
 
 LEASE_S = 10.0

@@ -19,8 +19,8 @@ from engine.dispatch import Dispatcher
 from engine.engine import Engine
 from engine.request import Event, Failed, Request, Started, Token
 from engine.wire import first_token_to_pb, request_from_pb
+from kv_transfer.peers import Peers
 from prefill_worker.handoff import Handoff, HandoffFailed
-from prefill_worker.peers import Peers
 from protos import inference_pb2, worker_pb2, worker_pb2_grpc
 from protos import kv_transfer_pb2 as kv
 

@@ -175,6 +175,8 @@ class WorkerClient:
                 await self._serve_connection()
             except* Exception as group:
                 why = _describe(group)
+            if self.connection is Connection.CLOSED:
+                return  # a task group that was breaking anyway has swallowed the cancellation
             was_ready = self.connection is Connection.READY
             self._lose(why)
             failures = 0 if was_ready else failures + 1

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,23 @@ class Service:
     stub: inference_pb2_grpc.InferenceServiceStub
     router: Router
     workers: list[Worker]
+    build: Callable[[str, Role], Worker]
+
+    async def kill(self, worker: Worker) -> None:
+        """Breaks the worker's streams without a word and puts another incarnation in its place."""
+        await worker._server.stop(None)
+        self.workers.remove(worker)
+        self.tell()
+        await worker.stop()
+        self.workers.append(successor := self.build(worker.me.worker_id, worker.role))
+        await successor.start()
+        self.tell()
+
+    def tell(self) -> None:
+        """Router and workers hear of the workers there are."""
+        members = [worker.member() for worker in self.workers if worker.address]
+        for part in (self.router, *self.workers):
+            part.set_members(members)
 
     def worker(self, role: Role) -> Worker:
         return next(worker for worker in self.workers if worker.role == role)
@@ -116,22 +133,21 @@ async def service(
     """`engine` are EngineConfig fields of every worker, `decode_engine` more of them for the decode workers."""
     roles: list[Role] = ["prefill"] * prefill + ["decode"] * decode + ["both"] * both  # type: ignore[list-item]
     settings = {"num_blocks": 256, "num_threads": 1, "max_num_batched_tokens": 256, **(engine or {})}
-    workers = []
+    workers: list[Worker] = []
+
+    def build(worker_id: str, role: Role) -> Worker:
+        own = {**settings, **(decode_engine or {})} if role == "decode" else settings
+        return Worker(worker_id, role, EngineConfig(model=str(model), **own), transport, kv_return=kv_return)
+
     front = Router(RouterConfig(served_model_name="test-model", **(router or {})), model)
     try:
         for number, role in enumerate(roles):
-            own = {**settings, **(decode_engine or {})} if role == "decode" else settings
-            workers.append(
-                Worker(f"{role}-{number}", role, EngineConfig(model=str(model), **own), transport, kv_return=kv_return)
-            )
+            workers.append(build(f"{role}-{number}", role))
             await workers[-1].start()
-        members = [worker.member() for worker in workers]
         address = await front.start()
-        front.set_members(members)
-        for worker in workers:
-            worker.set_members(members)
         async with grpc.aio.insecure_channel(address) as channel:
-            built = Service(inference_pb2_grpc.InferenceServiceStub(channel), front, workers)
+            built = Service(inference_pb2_grpc.InferenceServiceStub(channel), front, workers, build)
+            built.tell()
             await _ready(built, len(roles))
             yield built
             await built.settle()

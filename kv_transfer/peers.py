@@ -1,4 +1,4 @@
-"""The decode workers a prefill worker hands KV to: membership, handshake, leases.
+"""The workers that a worker sends KV to: membership, handshake, leases.
 
 A peer is one incarnation of a worker. Its address comes from membership, never from a request; a restarted worker is
 a new peer with a new handshake.
@@ -22,19 +22,20 @@ from protos.grpc_options import CHANNEL_OPTIONS
 HANDSHAKE_TIMEOUT_S = 5.0
 # Membership reaches the router and the workers at about the same time, not at the same instant.
 MEMBERSHIP_LAG_S = 2.0
+RELEASE_TIMEOUT_S, RELEASE_TRIES = 2.5, 2
 _log = logging.getLogger(__name__)
 
 
 class PeerUnavailable(Exception):
-    """The decode worker is not a member, or does not answer."""
+    """The worker is not a member, or does not answer."""
 
 
 class PeerIncompatible(Exception):
-    """The decode worker's KV means something else (model, weights, layout, protocol), or no transport is shared."""
+    """The worker's KV means something else (model, weights, layout, protocol), or no transport is shared."""
 
 
 class Peer:
-    """One incarnation of a decode worker, past its handshake: a channel, the link that KV takes, the leases held there.
+    """One incarnation of a worker, past its handshake: a channel, the link that KV takes, the leases held there.
 
     `why` says what was passed over for the link's transport.
     """
@@ -45,10 +46,18 @@ class Peer:
         self.block_size = block_size  # tokens per block there
         self.why = why
         self.gb_per_s = 0.0  # of a verified test transfer; 0: not measured
-        self.stub = kv_grpc.KvTransferServiceStub(channel)
+        self._stub = kv_grpc.KvTransferServiceStub(channel)
         self._channel = channel
         self._leases: dict[bytes, Callable[[], None]] = {}
         self._renewing: asyncio.Task | None = None
+        self._is_closed = False
+
+    @property
+    def stub(self) -> kv_grpc.KvTransferServiceStub:
+        """Raises PeerUnavailable once it has left the membership."""
+        if self._is_closed:
+            raise PeerUnavailable(f"worker {self.ref.worker_id} ({self.ref.incarnation}) has left")
+        return self._stub
 
     def hold(self, transfer_id: bytes, lease_s: float, source: kv.WorkerRef, lost: Callable[[], None]) -> None:
         """Renew the ticket's lease until `drop`; `lost` is called once if the receiver says it is over."""
@@ -59,6 +68,23 @@ class Peer:
     def drop(self, transfer_id: bytes) -> None:
         self._leases.pop(transfer_id, None)
 
+    async def release(self, transfer_id: bytes, reason: str) -> None:
+        """Gives a ticket up, as far as the peer can be told. The transfer must be closed: no write is in flight any
+        more, and the receiver of a one-sided one waits to hear that."""
+        self.drop(transfer_id)
+        request = kv.ReleaseRequest(transfer_id=transfer_id, reason=reason, fenced=True)
+        for _ in range(RELEASE_TRIES):
+            if self._is_closed:
+                return
+            try:
+                await self._stub.Release(request, timeout=RELEASE_TIMEOUT_S, wait_for_ready=True)
+                return
+            except grpc.aio.AioRpcError:
+                continue
+            except asyncio.CancelledError:
+                if not self._is_closed:
+                    raise
+
     async def _renew(self, source: kv.WorkerRef, period_s: float) -> None:
         """Runs while leases are held. A peer that cannot be reached lets them expire; the push notices its death."""
         while self._leases:
@@ -67,13 +93,14 @@ class Peer:
                 return
             request = kv.HeartbeatRequest(source=source, transfer_ids=list(self._leases))
             with contextlib.suppress(grpc.aio.AioRpcError):
-                answer = await self.stub.Heartbeat(request, timeout=period_s)
+                answer = await self._stub.Heartbeat(request, timeout=period_s)
                 for transfer_id in answer.unknown_transfer_ids:
                     lost = self._leases.pop(transfer_id, None)
                     if lost is not None:
                         lost()
 
     async def close(self) -> None:
+        self._is_closed = True
         if self._renewing is not None:
             self._renewing.cancel()
         await self.link.close()
