@@ -1,13 +1,13 @@
 """Kernels compiled, and CUDA's libraries loaded, in threads of their own while the weights are still on their way.
 
-Compilers and loaders spend most of their time outside Python's lock. Each task launches one op on a few tokens, with
+Compilers and loaders spend most of their time outside Python's lock, but not all: beside the imports of transformers,
+which hold it, only libraries are loaded; the kernels come after them. Each task launches one op on a few tokens, with
 the widths that the checkpoint's config.json tells, so that the model's own launches find the same kernel ready; where
 the guess is wrong, they compile theirs as they always would. Nothing here can fail a start.
 """
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,9 +39,6 @@ def compile_ahead(config: EngineConfig, device: torch.device, block_size: int) -
         log.debug("nothing compiled ahead: %s: %s", type(error).__name__, error)
         return lambda: None
     pool = ThreadPoolExecutor(NUM_THREADS, "compile")
-    # An import lets go of Python's lock at every file, and would wait this long for it each time.
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(min(interval, 5e-4))
 
     def run(task: Callable[[], object]) -> None:
         with torch.inference_mode(), torch.cuda.device(device):
@@ -49,21 +46,40 @@ def compile_ahead(config: EngineConfig, device: torch.device, block_size: int) -
 
     def lead() -> list[Future]:
         with torch.inference_mode(), torch.cuda.device(device):
-            tasks = [_load_libraries(shape, device), *_tasks(shape, config, device, block_size)]
+            tasks = _tasks(shape, config, device, block_size)
         return [pool.submit(run, task) for task in tasks]
 
+    libraries = pool.submit(run, _load_libraries(shape, device))
+    _import_transformers()
     leader = pool.submit(lead)
 
     def wait() -> None:
-        futures = [leader] if leader.exception() is not None else leader.result()
+        futures: list[Future] = [libraries, leader]
+        futures += [] if leader.exception() is not None else leader.result()
         for future in futures:
             error = future.exception()
             if error is not None:
                 log.debug("a kernel was not compiled ahead: %s: %s", type(error).__name__, error)
         pool.shutdown()
-        sys.setswitchinterval(interval)
 
     return wait
+
+
+def _import_transformers() -> None:
+    """What any model needs of it. Some versions bring in scikit-learn too, two seconds for one kind of assisted
+    generation; we generate without theirs.
+    """
+    from transformers import utils
+
+    own = utils.is_sklearn_available
+    utils.is_sklearn_available = lambda: False
+    try:
+        import transformers.generation.candidate_generator  # noqa: F401
+    except ImportError as error:  # it has moved
+        log.debug("not imported ahead: %s", error)
+    finally:
+        utils.is_sklearn_available = own
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM  # noqa: F401
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,24 @@ def asked_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -
     return num_blocks
 
 
-def blocks_that_fit(config: EngineConfig, block_bytes: int, free: int, total: int, model: str) -> int:
-    """`free` bytes of `total` are left beside the weights and the largest step; the share that is ours is cut off."""
-    room = free - int(total * (1 - config.gpu_memory_utilization))
+def free_bytes(device: torch.device) -> int:
+    """On a CUDA device, what torch has put by included; elsewhere 0."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def room_for_blocks(utilization: float, start: int, free: int, total: int, step: int, graphs: int) -> int:
+    """Bytes for the KV cache when `start` were free before the weights came and `free` are now.
+
+    As in vLLM the share covers what this engine takes: weights, cache and the largest step. What was held before,
+    CUDA's own context included, does not count, and captured graphs come on top; but all must find its place.
+    """
+    return min(int(total * utilization) - (start - free), free - graphs) - step
+
+
+def blocks_that_fit(config: EngineConfig, block_bytes: int, room: int, model: str) -> int:
     if room < block_bytes:
         raise ValueError(
             f"gpu_memory_utilization: {config.gpu_memory_utilization} leaves {room / 2**30:.2f} GiB for the KV cache "

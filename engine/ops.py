@@ -74,7 +74,7 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def rope_write(
-    qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * dim]; q and k are rotated in place
+    qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * dim], q may lack; q and k are rotated in place
     cos: torch.Tensor,  # [num_tokens, dim]
     sin: torch.Tensor,
     norms: tuple[Norm, Norm] | None,  # on each head of q and of k, before the rotation
@@ -97,7 +97,7 @@ def rope_write(
         return
     from engine.triton_layer import rope_write_kernel
 
-    heads = _common_power(num_heads, num_kv_heads, 8)
+    heads = _common_power(num_heads or num_kv_heads, num_kv_heads, 8)
     norm = norms[0] if norms else None
     rope_write_kernel[(qkv.shape[0], (num_heads + 2 * num_kv_heads) // heads)](
         qkv,
@@ -180,9 +180,9 @@ def gather(table: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
         cache.elements.stride(0),
         TILE=tile,
         DIM=span.key_dim,
-        BLOCK=2048,
+        BLOCK=min(8192, _power(tile)),
         SCALED=cache.is_scaled,
-        num_warps=4,
+        num_warps=8,
     )
     return out
 

@@ -17,9 +17,11 @@ from engine.device import (
     GRAPH_BYTES,
     asked_blocks,
     blocks_that_fit,
+    free_bytes,
     no_room_for,
     no_room_for_weights,
     pick_device,
+    room_for_blocks,
 )
 from engine.kv_cache import KVCache
 from engine.kv_layout import FP8, KVLayout
@@ -68,6 +70,7 @@ class Runner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         started = time.monotonic()
+        self._free_at_start = free_bytes(self.device)
         block_size = config.block_size or (16 if self.device.type == "cpu" else 64)
         paged = self.device.type == "cuda" if config.paged is None else config.paged
         is_cuda = self.device.type == "cuda"
@@ -186,11 +189,11 @@ class Runner:
         num_blocks = asked_blocks(config, block_bytes, self.device)
         if num_blocks is None:
             torch.cuda.empty_cache()
-            needed = self._warm_up(config, paged)
+            step, graphs = self._warm_up(config, paged)
             torch._C._cuda_clearCublasWorkspaces()  # one for every thread that has multiplied anything
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(self.device)
-            num_blocks = blocks_that_fit(config, block_bytes, free - needed, total, name)
+            free, total = free_bytes(self.device), torch.cuda.mem_get_info(self.device)[1]
+            room = room_for_blocks(config.gpu_memory_utilization, self._free_at_start, free, total, step, graphs)
+            num_blocks = blocks_that_fit(config, block_bytes, room, name)
         try:
             return KVCache(self.layout, num_blocks, self.device)
         except (torch.OutOfMemoryError, OSError, OverflowError):
@@ -203,26 +206,21 @@ class Runner:
         return Steps(self.model, cache, max(config.max_num_batched_tokens, max_rows), max_rows, max_rows * width)
 
     @torch.inference_mode()
-    def _warm_up(self, config: EngineConfig, paged: bool) -> int:
-        """Bytes that steps need beside weights and cache: those of a prompt of the largest size.
-
-        Captured graphs live in what gpu_memory_utilization leaves free, as elsewhere in the field; only what does not
-        fit there counts.
-        """
+    def _warm_up(self, config: EngineConfig, paged: bool) -> tuple[int, int]:
+        """Bytes beside weights and cache: of a prompt of the largest size, and of the graphs to capture."""
         size = min(config.max_num_batched_tokens, self.model.info.max_model_len - 1)
         try:
             num_blocks = -(-size // self.layout.block_size)
             cache = KVCache(self.layout, num_blocks, self.device)
             steps = self._steps(config, cache) if paged else None
-            needed = self._peak(cache, steps, [dummy_row(size, num_blocks)])
-            if steps is not None:
-                needed += steps.num_bytes
-                if config.cuda_graphs:
-                    graphs = self._peak(cache, steps, [dummy_row(1, 1) for _ in range(steps.max_rows)])
-                    graphs += GRAPH_BYTES * len(steps.bucket_shapes()) + steps.logits.nbytes
-                    total = torch.cuda.mem_get_info(self.device)[1]
-                    needed += max(0, graphs - int(total * (1 - config.gpu_memory_utilization)))
-            return needed
+            step = self._peak(cache, steps, [dummy_row(size, num_blocks)])
+            if steps is None:
+                return step, 0
+            graphs = 0
+            if config.cuda_graphs:
+                graphs = self._peak(cache, steps, [dummy_row(1, 1) for _ in range(steps.max_rows)])
+                graphs += GRAPH_BYTES * len(steps.bucket_shapes()) + steps.logits.nbytes
+            return step + steps.num_bytes, graphs
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"max_num_batched_tokens: a step of {size} tokens finds no memory beside the weights of "

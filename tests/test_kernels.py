@@ -97,7 +97,7 @@ def make_cache(shapes: list[LayerShape], block_size: int, num_blocks: int, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (8, 8, 64), (6, 2, 24), (16, 4, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (8, 8, 64), (6, 2, 24), (16, 4, 128), (0, 8, 64)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rope_write(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, normed: bool) -> None:
     tokens, size = 7, 16

@@ -8,7 +8,7 @@ import torch
 
 import engine.device
 from engine.config import EngineConfig
-from engine.device import blocks_that_fit, pick_device
+from engine.device import blocks_that_fit, pick_device, room_for_blocks
 from engine.model import load
 from engine.runner import Runner
 from engine.verify import UnsupportedModel
@@ -68,11 +68,21 @@ def test_no_triton(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_no_room_for_one_block() -> None:
     config = EngineConfig("m", gpu_memory_utilization=0.5)
-    assert blocks_that_fit(config, GIB, 45 * GIB, 80 * GIB, "m") == 5
+    assert blocks_that_fit(config, GIB, 5 * GIB, "m") == 5
     with pytest.raises(
         ValueError, match=r"gpu_memory_utilization: 0.5 leaves 0.50 GiB .* one block takes 1.000; raise it"
     ):
-        blocks_that_fit(config, GIB, 40 * GIB + GIB // 2, 80 * GIB, "m")
+        blocks_that_fit(config, GIB, GIB // 2, "m")
+
+
+def test_a_share_is_what_this_engine_takes() -> None:
+    def room(utilization: float, start: int, free: int, step: int = 1, graphs: int = 2) -> int:
+        return room_for_blocks(utilization, start * GIB, free * GIB, 80 * GIB, step * GIB, graphs * GIB) // GIB
+
+    assert room(0.5, 79, 64) == 40 - 15 - 1  # graphs on top
+    assert room(0.5, 50, 35) == 40 - 15 - 1, "what others hold does not count"
+    assert room(0.5, 30, 15) == 15 - 2 - 1, "but it is not there"
+    assert room(1.0, 79, 64) == 64 - 2 - 1
 
 
 def test_no_room_for_the_pool_that_was_asked_for(llama: Path) -> None:
