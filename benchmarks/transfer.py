@@ -10,6 +10,7 @@ Each round moves the same scattered blocks, a whole prompt's, by every path in t
     grpc        raw frames on one stream; floor: tcp. Per byte it copies four times where tcp copies twice, and takes
                 two checksums
     ray_store   through Ray's shared memory; floor: two copies
+    nixl        written by NIXL over UCX shared memory, where the package is installed; floor: copy
 
 Two cores: a sender and a receiver have one each, so background load shows directly. Prints the figure, its floor and
 the ratio, and one JSON line last.
@@ -27,6 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import astuple
 from functools import partial
 from importlib.metadata import version
 
@@ -35,7 +37,9 @@ import numpy as np
 import torch
 
 import kv_transfer
-from kv_transfer.base import BlockMemory, Endpoint, Manifest, ObjectStore, Sender
+from kv_transfer import nixl
+from kv_transfer.base import BlockMemory, Endpoint, Link, Manifest, ObjectStore, Placement, Sender
+from kv_transfer.guards import Guards
 from kv_transfer.receiver import Receiver
 from protos.grpc_options import SERVER_OPTIONS
 
@@ -119,8 +123,13 @@ async def measure(layout: str, rounds: int, ray_address: str) -> dict[str, float
     if store is not None:
         senders["ray_store"] = kv_transfer.create_sender("ray_store", source, SOURCE, store)
 
-    addresses = {"local": "here", **peer.addresses}
-    links = {name: await sender.connect(addresses[name], Endpoint(name)) for name, sender in senders.items()}
+    if "nixl" in peer.ways:
+        senders["nixl"] = kv_transfer.create_sender("nixl", source, SOURCE)
+    ways = {"local": ("here", ""), **peer.ways}
+    links: dict[str, Link] = {}
+    for name, sender in senders.items():
+        address, data = ways[name]
+        links[name] = await sender.connect(address, Endpoint(name, data=bytes.fromhex(data)))
 
     async def by_copy() -> float:
         started_s = time.perf_counter()
@@ -135,12 +144,14 @@ async def measure(layout: str, rounds: int, ray_address: str) -> dict[str, float
             return await asyncio.to_thread(send_blocks, connection, source, source_ids)
 
     async def by_transport(name: str) -> float:
+        placement = None
         if name == "local":
             transfer_id = local.grant("owner", SOURCE, target_ids, 0, 60)
         else:
-            transfer_id = bytes.fromhex(await peer.ask("grant", name, target_ids))
+            ticket, place = await peer.ask("grant", name, target_ids)
+            transfer_id, placement = bytes.fromhex(ticket), Placement(*place) if place else None
         started_s = time.perf_counter()
-        outgoing = links[name].open(transfer_id)
+        outgoing = links[name].open(transfer_id, placement=placement)
         outgoing.push(source_ids, 0, 0, source.num_layers)
         manifest = await outgoing.finish()
         if name == "local":
@@ -151,12 +162,12 @@ async def measure(layout: str, rounds: int, ray_address: str) -> dict[str, float
             )
         return time.perf_counter() - started_s
 
-    ways: dict[str, Callable[[], Awaitable[float]]] = {"copy": by_copy, "tcp": by_tcp}
-    ways |= {name: partial(by_transport, name) for name in senders}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    paths: dict[str, Callable[[], Awaitable[float]]] = {"copy": by_copy, "tcp": by_tcp}
+    paths |= {name: partial(by_transport, name) for name in senders}
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
     for index in range(rounds + 1):
-        for name, way in ways.items():
-            elapsed_s = await way()
+        for name, path in paths.items():
+            elapsed_s = await path()
             if index:  # the first round faults memory in and opens connections
                 seconds[name].append(elapsed_s)
     for sender in senders.values():
@@ -171,7 +182,7 @@ class Peer:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
-        self.addresses: dict[str, str] = {}
+        self.ways: dict[str, tuple[str, str]] = {}  # by transport: address, endpoint data in hex
         self.tcp_port = 0
 
     @classmethod
@@ -179,7 +190,7 @@ class Peer:
         command = [sys.executable, "-m", "benchmarks.transfer", "--receiver", layout, ray_address]
         pipe = asyncio.subprocess.PIPE
         peer = cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe))
-        peer.addresses, peer.tcp_port = await peer._answer()
+        peer.ways, peer.tcp_port = await peer._answer()
         return peer
 
     async def ask(self, *question):
@@ -206,16 +217,21 @@ async def receive(layout: str, ray_address: str) -> None:
 
         ray.init(address=ray_address, log_to_driver=False, logging_level="error")
         stores["ray_store"] = ray_store()
-    receivers, addresses, servers = {}, {}, []
+    agent = None
+    if not nixl.missing():
+        stores["nixl"], agent = None, nixl.agent_of(memory)  # held as long as senders may write
+    receivers, ways, servers = {}, {}, []
     for name, store in stores.items():
-        receivers[name] = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES)
+        receivers[name] = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        addresses[name] = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        kv_transfer.serve(name, receivers[name], server, store)
+        data = nixl.export(memory, receivers[name].guards_name) if name == "nixl" else b""
+        ways[name] = (f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", data.hex())
+        # A one-sided transport's stream is that of grpc.
+        kv_transfer.serve("grpc" if name == "nixl" else name, receivers[name], server, store)
         await server.start()
         servers.append(server)
     listener = socket.create_server(("127.0.0.1", 0))
-    print(json.dumps([addresses, listener.getsockname()[1]]), flush=True)
+    print(json.dumps([ways, listener.getsockname()[1]]), flush=True)
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         what, *args = json.loads(line)
@@ -223,7 +239,10 @@ async def receive(layout: str, ray_address: str) -> None:
         if what == "tcp":
             threading.Thread(target=receive_blocks, args=(listener, memory, args[0])).start()
         elif what == "grant":
-            answer = receivers[args[0]].grant("owner", SOURCE, args[1], 0, 60).hex()
+            receiver, writer = receivers[args[0]], "" if args[0] == "nixl" else None
+            ticket = receiver.grant("owner", SOURCE, args[1], 0, 60, writer)
+            placement = receiver.placement(ticket)
+            answer = [ticket.hex(), astuple(placement) if placement else None]
         else:
             name, transfer_id, num_chunks, num_bytes, digest = args
             manifest = Manifest(num_chunks, num_bytes, bytes.fromhex(digest))
@@ -231,6 +250,7 @@ async def receive(layout: str, ray_address: str) -> None:
         print(json.dumps(answer), flush=True)
     for server in servers:
         await server.stop(None)
+    del agent
 
 
 def send_blocks(connection: socket.socket, memory: BlockMemory, block_ids: Sequence[int]) -> float:

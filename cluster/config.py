@@ -154,7 +154,7 @@ class DeploymentConfig(Section):
     model: ModelConfig = ModelConfig()
     pools: Pools = Pools()
     router: RouterSection = RouterSection()
-    transport: Literal["auto", "cuda_ipc", "grpc", "ray_store"] = Field(
+    transport: Literal["auto", "cuda_ipc", "nixl", "grpc", "ray_store"] = Field(
         default="auto", description="how KV moves from prefill to decode; auto: the best that each pair of workers has"
     )
     enable_prefix_caching: bool = True

@@ -58,6 +58,7 @@ class Transports:
         self._progress_s = progress_s
         self._senders: dict[str, Sender] = {}
         self._undo: list[Callable[[], None]] = []
+        self._agent: object = None  # of NIXL: whoever was told of it may write as long as it is held
         self.missing = {name: why for name in wanted(setting) if (why := _missing(name, receiver.memory, object_store))}
         self.speaks = tuple(name for name in wanted(setting) if name not in self.missing)
         if not self.speaks:
@@ -66,6 +67,10 @@ class Transports:
 
     def serve(self, server: grpc.aio.Server, address: str) -> None:
         """Makes the receiver reachable. Before the server starts."""
+        if "nixl" in self.speaks:
+            from kv_transfer import nixl
+
+            self._agent = nixl.agent_of(self._receiver.memory)
         for name in self.speaks:
             self.endpoints.append(Endpoint(name, _locality(name), _export(name, self._receiver)))
         if "local" in self.speaks:
@@ -118,6 +123,10 @@ def create_sender(
         from kv_transfer.cuda_ipc import CudaIpcSender
 
         return CudaIpcSender(memory, source, progress_s)
+    if transport == "nixl":
+        from kv_transfer import nixl
+
+        return nixl.NixlSender(nixl.agent_of(memory), source, progress_s)
     _check(transport, object_store)
     limit = CHUNK_BYTES[transport] if max_chunk_bytes is None else max_chunk_bytes
     _check_chunk_bytes(memory, limit)
@@ -231,6 +240,10 @@ def _missing(transport: str, memory: BlockMemory, object_store: ObjectStore | No
         from kv_transfer import cuda_ipc  # Triton is not everywhere
 
         return cuda_ipc.missing(memory)
+    if transport == "nixl":
+        from kv_transfer import nixl  # an extra
+
+        return nixl.missing()
     return "" if transport in CHUNK_BYTES else "not in this version"
 
 
@@ -245,6 +258,10 @@ def _export(transport: str, receiver: Receiver) -> bytes:
         from kv_transfer import cuda_ipc
 
         return cuda_ipc.export(receiver.memory, receiver.guards_name)
+    if transport == "nixl":
+        from kv_transfer import nixl
+
+        return nixl.export(receiver.memory, receiver.guards_name)
     return b""
 
 

@@ -72,6 +72,7 @@ class PlacedOutgoing:
         placement: Placement,
         threads: Threads,
         progress_s: float,
+        max_write_bytes: int = MAX_WRITE_BYTES,
     ) -> None:
         self._memory = memory
         self._writer = writer
@@ -80,6 +81,7 @@ class PlacedOutgoing:
         self._placement = placement
         self._threads = threads
         self._progress_s = progress_s
+        self._max_write_bytes = max_write_bytes
         self._manifest = ManifestBuilder()
         self._lock = threading.Lock()
         self._queue: deque[Rect] = deque()  # pushed, not launched
@@ -108,12 +110,14 @@ class PlacedOutgoing:
         after: ReadyEvent | None = None,
     ) -> None:
         assert not self._finishing and 0 <= layer_start < layer_stop <= self._memory.num_layers
+        rects = self._cut(Rect(tuple(block_ids), block_start, layer_start, layer_stop, after))
         with self._lock:
             if self._closed:
                 return
-            self._queue.append(Rect(tuple(block_ids), block_start, layer_start, layer_stop, after))
-            self._num_unsettled += 1
-        self._threads.launching.submit(self._launch)
+            self._queue.extend(rects)
+            self._num_unsettled += len(rects)
+        for _ in rects:
+            self._threads.launching.submit(self._launch)
 
     async def finish(self) -> Manifest:
         self._finishing = True
@@ -150,9 +154,18 @@ class PlacedOutgoing:
             return self._notify(self._settle, error)
         self._threads.waiting.submit(self._wait, rect, write)
 
+    def _cut(self, rect: Rect) -> list[Rect]:
+        """By blocks, so that each part is a write; a block is never cut."""
+        count = max(1, self._max_write_bytes // self._memory.width(rect.layer_start, rect.layer_stop))
+        parts = []
+        while len(rect.block_ids) > count:
+            head, rect = rect.split_blocks(count)
+            parts.append(head)
+        return [*parts, rect]
+
     def _join(self, rect: Rect, following: Rect) -> Rect | None:
         joined = rect.join(following)
-        if joined is None or self._num_bytes(joined) > MAX_WRITE_BYTES:
+        if joined is None or self._num_bytes(joined) > self._max_write_bytes:
             return None
         return joined
 

@@ -63,7 +63,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         ("pools.decode.resources.slot=0", "pools.decode.resources.slot=0: must be greater than 0"),
         ("router.port=70000", "router.port=70000: must be less than or equal to 65535"),
         ("router.max_attempts=99", "router: max_attempts is 99; allowed is [1, 16]"),
-        ("transport=pigeon", "transport='pigeon': must be 'auto', 'cuda_ipc', 'grpc' or 'ray_store'"),
+        ("transport=pigeon", "transport='pigeon': must be 'auto', 'cuda_ipc', 'nixl', 'grpc' or 'ray_store'"),
         ("name=A b", "name='A b'"),
         ("pools.prefill.replicas=0", "at least one prefill and one decode worker (or one colocated) are needed"),
         ("pools.decode.replicas", "must be key=value, such as pools.decode.replicas=2"),

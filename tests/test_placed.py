@@ -4,20 +4,19 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc.aio
 import pytest
 
 import kv_transfer
-from kv_transfer.base import BlockMemory, Placement
-from kv_transfer.checksum import crc32c
+from kv_transfer.base import BlockMemory
 from kv_transfer.create import push_handler
 from kv_transfer.grpc_stream import GrpcWire
 from kv_transfer.guards import Guards, open_guards
-from kv_transfer.outgoing import Rect
 from kv_transfer.placed import PlacedOutgoing, Threads
 from kv_transfer.receiver import Receiver
+from tests.one_sided import CpuWriter
 from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, make_memory
 
 
@@ -32,48 +31,6 @@ class Passing:
 
     def synchronize(self) -> None:
         assert self.passed.wait(10)
-
-
-@dataclass
-class CpuWriter:
-    """Writes when it is waited for, behind the pages' event and its own gate, if the guard says so then."""
-
-    source: BlockMemory
-    target: BlockMemory
-    guards: object
-    gate: threading.Event = field(default_factory=threading.Event)
-    begun: threading.Event = field(default_factory=threading.Event)
-    num_writes: int = 0
-    flip: bool = False
-    fails: bool = False
-
-    def write(self, rect: Rect, placement: Placement) -> "CpuWrite":
-        self.num_writes += 1
-        if self.fails:
-            raise RuntimeError("an unspecified launch failure")
-        return CpuWrite(self, rect, placement)
-
-
-@dataclass
-class CpuWrite:
-    writer: CpuWriter
-    rect: Rect
-    placement: Placement
-
-    def wait(self) -> int:
-        writer, rect = self.writer, self.rect
-        if rect.after is not None:
-            rect.after.synchronize()
-        writer.begun.set()
-        assert writer.gate.wait(10)
-        if writer.guards[self.placement.guard] != self.placement.generation:  # type: ignore[index]
-            return 0
-        pages = writer.source.read(rect.block_ids, rect.layer_start, rect.layer_stop)
-        target = self.placement.page_ids[rect.block_start : rect.block_start + len(rect.block_ids)]
-        writer.target.write(target, rect.layer_start, rect.layer_stop, pages)
-        if writer.flip:
-            writer.target.slab[target[0], LAYER_OFFSETS[rect.layer_start]] ^= 4
-        return crc32c(pages)
 
 
 @dataclass

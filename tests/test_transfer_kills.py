@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 import kv_transfer
-from kv_transfer.base import Manifest
-from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, Pair, transfer_pair
-from tests.transfer_peer import Nursery, nursery
+from kv_transfer.base import Endpoint, Manifest, Placement
+from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, Pair, needs_nixl, transfer_pair
+from tests.transfer_peer import Nursery, nursery, where
 
 NUM_BLOCKS = 4  # and as many chunks
 
@@ -21,7 +21,7 @@ def peers() -> Iterator[Nursery]:
         yield peers
 
 
-@pytest.fixture(params=["grpc", "ray_store"])
+@pytest.fixture(params=["grpc", "ray_store", pytest.param("nixl", marks=needs_nixl)])
 def transport(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -49,13 +49,16 @@ async def test_sender_killed_after_every_chunk(
     pair: Pair, peers: Nursery, transport: str, ray_address: str, num_chunks: int
 ):
     transfer_id = pair.grant(range(NUM_BLOCKS))
-    with peers.child("send", transport, ray_address, pair.address, transfer_id.hex(), num_chunks) as (pid, _):
+    way = (pair.address, pair.endpoint.data.hex(), transfer_id.hex(), where(pair, transfer_id))
+    with peers.child("send", transport, ray_address, *way, num_chunks) as (pid, _):
         await pair.received(num_chunks * LAYER_OFFSETS[-1])
         os.kill(pid, signal.SIGKILL)
         if num_chunks:
             with pytest.raises(kv_transfer.TransferBroken, match=r"without END|sender is gone"):
                 await asyncio.wait_for(pair.receiver.commit(transfer_id, Manifest(99, 99, b"")), 3)
     assert pair.receiver.release(transfer_id)
+    if pair.is_one_sided:  # its end is the word that it does not have for us any more
+        assert pair.receiver.fence_gone(lambda source, process: True) == ["owner"]
     pair.receiver.check()
     again = pair.grant(range(NUM_BLOCKS))  # another sender, the same pages
     outgoing = pair.open(again)
@@ -66,8 +69,9 @@ async def test_sender_killed_after_every_chunk(
 
 
 async def test_receiver_killed(pair: Pair, peers: Nursery, transport: str, ray_address: str):
-    with peers.child("receive", transport, ray_address) as (pid, (address, ticket)):
-        outgoing = (await pair.connect(address)).open(bytes.fromhex(ticket))
+    with peers.child("receive", transport, ray_address) as (pid, (address, data, ticket, placement)):
+        link = await pair.connect(address, Endpoint(transport, data=bytes.fromhex(data)))
+        outgoing = link.open(bytes.fromhex(ticket), None, Placement(*placement) if placement else None)
         outgoing.push(range(8), 0, 0, 1)
         await asyncio.sleep(0.1)
         os.kill(pid, signal.SIGKILL)
@@ -81,8 +85,9 @@ async def test_receiver_stopped(pair: Pair, peers: Nursery, transport: str, ray_
     """A host that hangs closes no connection: the keepalive pings notice."""
     if transport != "grpc":
         pytest.skip("a stream is a stream, whatever its chunks hold")
-    with peers.child("receive", transport, ray_address) as (pid, (address, ticket)):
-        outgoing = (await pair.connect(address)).open(bytes.fromhex(ticket))
+    with peers.child("receive", transport, ray_address) as (pid, (address, data, ticket, placement)):
+        link = await pair.connect(address, Endpoint(transport, data=bytes.fromhex(data)))
+        outgoing = link.open(bytes.fromhex(ticket), None, Placement(*placement) if placement else None)
         outgoing.push(range(8), 0, 0, 1)
         await asyncio.sleep(0.1)
         os.kill(pid, signal.SIGSTOP)

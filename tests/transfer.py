@@ -3,25 +3,32 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate
 
 import grpc.aio
 import numpy as np
+import pytest
 import torch
 
 import kv_transfer
-from kv_transfer.base import BlockMemory, ChunkHeader, Endpoint, Link, ObjectStore, Outgoing
+from kv_transfer import choose, nixl
+from kv_transfer.base import BlockMemory, ChunkHeader, Endpoint, Link, ObjectStore, Outgoing, Placement
 from kv_transfer.checksum import crc32c
+from kv_transfer.guards import Guards, open_guards
 from kv_transfer.receiver import Receiver
 from kv_transfer.relayout import Tiles
 from protos.grpc_options import SERVER_OPTIONS
+from tests.one_sided import CpuSender, CpuWriter
 
 SOURCE = ("prefill-0", "incarnation-a")
 # Uneven layers, and padding behind the last: nothing may assume that they are alike.
 LAYER_OFFSETS = (0, 1024, 2048, 4096, 4608, 8192)
 BLOCK_BYTES = 8200
 NUM_LAYERS = len(LAYER_OFFSETS) - 1
+ONE_SIDED = choose.ONE_SIDED | {"placed"}
+needs_nixl = pytest.mark.skipif(not any(map(find_spec, nixl.PACKAGES)), reason="NIXL is not installed")
 
 
 def make_memory(num_blocks: int, seed: int | None = None, offsets: Sequence[int] = LAYER_OFFSETS) -> BlockMemory:
@@ -72,37 +79,57 @@ class Pair:
     sender: kv_transfer.base.Sender
     link: kv_transfer.base.Link
     address: str
-    grants: list[tuple[bytes, Sequence[int], int]] = field(default_factory=list)
+    endpoint: Endpoint  # of the receiver
 
     def grant(
         self, block_ids: Sequence[int], first_block: int = 0, lease_s: float = 30.0, owner: str = "owner"
     ) -> bytes:
-        return self.receiver.grant(owner, SOURCE, block_ids, first_block, lease_s)
+        writer = "this process" if self.is_one_sided else None
+        return self.receiver.grant(owner, SOURCE, block_ids, first_block, lease_s, writer)
+
+    @property
+    def is_one_sided(self) -> bool:
+        return self.link.transport in ONE_SIDED
 
     def open(self, transfer_id: bytes, max_chunk_bytes: int | None = None) -> Outgoing:
-        return self.link.open(transfer_id, max_chunk_bytes)
+        placement = None
+        if self.is_one_sided:
+            with contextlib.suppress(kv_transfer.TransferRefused):  # forged: then the sender makes up the rest, too
+                placement = self.receiver.placement(transfer_id)
+            placement = placement or Placement((0,), 0, 1)
+        return self.link.open(transfer_id, max_chunk_bytes, placement)
 
-    async def connect(self, address: str) -> Link:
-        """Another way out of the sender: through a proxy, or to nobody."""
-        return await self.sender.connect(address, Endpoint(self.link.transport))
+    async def give_up(self, outgoing: Outgoing, transfer_id: bytes) -> None:
+        """As the workers do; the ticket's pages are free to go afterwards, whoever wrote to them."""
+        outgoing.abort("given up")
+        assert self.receiver.release(transfer_id)
+        if self.is_one_sided:
+            assert self.receiver.is_quarantined(transfer_id)
+            await outgoing.wait_closed()
+            assert self.receiver.fence(transfer_id) is not None
+
+    async def connect(self, address: str, endpoint: Endpoint | None = None) -> Link:
+        """Another way out of the sender: through a proxy, to another receiver, or to nobody."""
+        return await self.sender.connect(address, endpoint or self.endpoint)
 
     async def received(self, num_bytes: int) -> None:
         """Returns when the receiver has placed that many bytes."""
-        place, there = self.receiver.chunk, asyncio.Event()
+        name = "placed" if self.is_one_sided else "chunk"
+        place, there = getattr(self.receiver, name), asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def chunk(*args) -> None:
+        def placed(*args) -> None:
             place(*args)
             loop.call_soon_threadsafe(there.set)
 
-        self.receiver.chunk = chunk  # type: ignore[method-assign]
+        setattr(self.receiver, name, placed)
         try:
             async with asyncio.timeout(10):
                 while self.receiver.bytes_received < num_bytes:
                     there.clear()
                     await there.wait()
         finally:
-            self.receiver.chunk = place  # type: ignore[method-assign]
+            setattr(self.receiver, name, place)
 
     def pages(self, memory: BlockMemory, block_ids: Sequence[int]) -> torch.Tensor:
         return memory.slab[list(block_ids), : memory.layer_offsets[-1]]
@@ -123,20 +150,30 @@ async def transfer_pair(
 ) -> AsyncIterator[Pair]:
     source = source or make_memory(32, seed=1)
     target = target or make_memory(32)
-    receiver = Receiver(target, kv_transfer.MAX_CHUNK_BYTES, progress_s=progress_s)
+    guards = Guards() if transport in ONE_SIDED else None
+    receiver = Receiver(target, kv_transfer.MAX_CHUNK_BYTES, progress_s=progress_s, guards=guards)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    stop = kv_transfer.serve(transport, receiver, server, receiver_store or object_store, address)
+    stream = "grpc" if guards is not None else transport  # one-sided transports announce what they wrote
+    stop = kv_transfer.serve(stream, receiver, server, receiver_store or object_store, address)
     await server.start()
-    sender = kv_transfer.create_sender(transport, source, SOURCE, object_store, max_chunk_bytes, progress_s)
+    endpoint, agent, sender = Endpoint(transport), None, None
+    if transport == "placed":
+        assert guards is not None
+        sender = CpuSender(CpuWriter(source, target, open_guards(guards.name)), SOURCE, progress_s)
+    elif transport == "nixl":
+        agent = nixl.agent_of(target)
+        endpoint = Endpoint(transport, data=nixl.export(target, receiver.guards_name))
+    sender = sender or kv_transfer.create_sender(transport, source, SOURCE, object_store, max_chunk_bytes, progress_s)
     try:
-        link = await sender.connect(address, Endpoint(transport))
-        yield Pair(source, target, receiver, sender, link, address)
+        link = await sender.connect(address, endpoint)
+        yield Pair(source, target, receiver, sender, link, address, endpoint)
         receiver.check()
     finally:
         await sender.close()
         stop()
         await server.stop(None)
+        del agent  # the receiver's: senders could write as long as it was there
 
 
 class DictStore:

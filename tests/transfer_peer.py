@@ -5,7 +5,8 @@
 imports what they need once, then forks a child for every line on stdin, so that a child is there in a moment. A child
 prints one line of JSON when it is ready to be killed. Lines are JSON lists, after an environment:
 
-    send      transport, Ray's address or "", the receiver's address, ticket in hex, number of chunks
+    send      transport, Ray's address or "", the receiver's address, endpoint data and ticket in hex, the ticket's
+              placement or null, number of chunks
     receive   transport, Ray's address or ""
 """
 
@@ -17,10 +18,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple
 
 import kv_transfer
-from kv_transfer.base import Endpoint, ObjectStore
-from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, make_memory, transfer_pair
+from kv_transfer.base import Endpoint, ObjectStore, Placement
+from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, Pair, make_memory, transfer_pair
 
 
 class Nursery:
@@ -58,11 +60,14 @@ def nursery() -> Iterator[Nursery]:
         process.wait(10)
 
 
-async def send(transport: str, ray_address: str, address: str, ticket: str, num_chunks: int) -> None:
+async def send(
+    transport: str, ray_address: str, address: str, data: str, ticket: str, placement: list | None, num_chunks: int
+) -> None:
     """Pushes that many chunks, a block each, then waits."""
     sender = kv_transfer.create_sender(transport, make_memory(32, seed=1), SOURCE, store_at(ray_address))
-    link = await sender.connect(address, Endpoint(transport))
-    outgoing = link.open(bytes.fromhex(ticket), max_chunk_bytes=LAYER_OFFSETS[-1])
+    link = await sender.connect(address, Endpoint(transport, data=bytes.fromhex(data)))
+    where = Placement(*placement) if placement else None
+    outgoing = link.open(bytes.fromhex(ticket), LAYER_OFFSETS[-1], where)
     if num_chunks:
         outgoing.push(range(num_chunks), 0, 0, NUM_LAYERS)
     say(["pushed"])
@@ -70,10 +75,17 @@ async def send(transport: str, ray_address: str, address: str, ticket: str, num_
 
 
 async def receive(transport: str, ray_address: str) -> None:
-    """Says its address and the ticket of 8 blocks."""
+    """Says its address, its endpoint's data, the ticket of 8 blocks and its placement."""
     async with transfer_pair(transport, store_at(ray_address)) as pair:
-        say([pair.address, pair.grant(range(8), lease_s=600).hex()])
+        ticket = pair.grant(range(8), lease_s=600)
+        say([pair.address, pair.endpoint.data.hex(), ticket.hex(), where(pair, ticket)])
         await asyncio.Event().wait()
+
+
+def where(pair: Pair, transfer_id: bytes) -> tuple | None:
+    """The ticket's placement, as a child is told of it."""
+    placement = pair.receiver.placement(transfer_id)
+    return astuple(placement) if placement is not None else None
 
 
 def store_at(ray_address: str) -> ObjectStore | None:

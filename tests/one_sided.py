@@ -1,0 +1,89 @@
+"""A one-sided transport for tests: this process writes into the receiver's pool, which it has, on a thread."""
+
+import threading
+from dataclasses import dataclass, field
+
+import grpc.aio
+import numpy as np
+
+from kv_transfer.base import BlockMemory, Endpoint, Placement
+from kv_transfer.checksum import crc32c
+from kv_transfer.grpc_stream import GrpcWire
+from kv_transfer.outgoing import Rect
+from kv_transfer.placed import PlacedOutgoing, Threads
+
+
+@dataclass
+class CpuWriter:
+    """Writes when it is waited for, behind the pages' event and its own gate, if the guard says so then."""
+
+    source: BlockMemory
+    target: BlockMemory
+    guards: np.ndarray
+    gate: threading.Event = field(default_factory=threading.Event)
+    begun: threading.Event = field(default_factory=threading.Event)
+    num_writes: int = 0
+    flip: bool = False
+    fails: bool = False
+
+    def write(self, rect: Rect, placement: Placement) -> "CpuWrite":
+        self.num_writes += 1
+        if self.fails:
+            raise RuntimeError("an unspecified launch failure")
+        return CpuWrite(self, rect, placement)
+
+
+@dataclass
+class CpuWrite:
+    writer: CpuWriter
+    rect: Rect
+    placement: Placement
+
+    def wait(self) -> int:
+        writer, rect = self.writer, self.rect
+        if rect.after is not None:
+            rect.after.synchronize()
+        writer.begun.set()
+        assert writer.gate.wait(10)
+        if writer.guards[self.placement.guard] != self.placement.generation:
+            return 0
+        pages = writer.source.read(rect.block_ids, rect.layer_start, rect.layer_stop)
+        target = self.placement.page_ids[rect.block_start : rect.block_start + len(rect.block_ids)]
+        writer.target.write(target, rect.layer_start, rect.layer_stop, pages)
+        if writer.flip:
+            writer.target.slab[target[0], writer.target.layer_offsets[rect.layer_start]] ^= 4
+        return crc32c(pages)
+
+
+class CpuSender:
+    """A `Sender` and its only `Link`."""
+
+    transport = "placed"
+
+    def __init__(self, writer: CpuWriter, source: tuple[str, str], progress_s: float) -> None:
+        writer.gate.set()
+        self._writer, self._source, self._progress_s = writer, source, progress_s
+        self._threads = Threads("test")
+        self._open: set[PlacedOutgoing] = set()
+
+    async def connect(self, address: str, endpoint: Endpoint) -> "CpuSender":
+        self._channel = grpc.aio.insecure_channel(address)
+        return self
+
+    def open(
+        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
+    ) -> PlacedOutgoing:
+        assert placement is not None
+        wire = GrpcWire(self._channel, transfer_id, self._source)
+        memory, threads = self._writer.source, self._threads
+        outgoing = PlacedOutgoing(memory, self._writer, wire, transfer_id, placement, threads, self._progress_s)
+        self._open.add(outgoing)
+        outgoing.add_closed_callback(self._open.discard)
+        return outgoing
+
+    async def close(self) -> None:
+        for outgoing in list(self._open):
+            outgoing.abort("the link closes")
+            await outgoing.wait_closed()
+        await self._channel.close(None)
+        self._threads.close()
