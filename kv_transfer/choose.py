@@ -3,7 +3,8 @@
     auto   local > cuda_ipc > nixl > grpc     the first that both have and whose locality is equal
     NAME   that one, or none
 
-ray_store is used where it is asked for only: it is hardly faster than grpc (docs/performance.md).
+ray_store is used where it is asked for only: on one node it is twice as fast as grpc (docs/performance.md), but it
+takes room in Ray's store and makes every hand-over depend on it.
 """
 
 from collections.abc import Mapping, Sequence
