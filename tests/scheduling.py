@@ -178,3 +178,10 @@ class Simulator:
             if not self.step().rows:
                 return steps
         raise AssertionError(f"still busy after {max_steps} steps")
+
+
+def idle(sim: Simulator) -> None:
+    stats = sim.scheduler.stats()
+    assert stats.free_blocks == stats.total_blocks
+    assert not (stats.num_requests or stats.num_running or stats.num_waiting or stats.num_waiting_tokens)
+    assert not (stats.reserved_blocks or stats.pinned_blocks)

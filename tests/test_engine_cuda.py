@@ -14,6 +14,7 @@ from engine.runner import Runner
 from tests.engines import KINDS, Listener, assert_idle, checkpoint, greedy, make_engine, prompt, run, sampled
 from tests.handoff import Handoff
 from tests.test_families import FAMILIES
+from tests.test_precision import NO_EXPERTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -29,11 +30,11 @@ def test_cuda_equals_cpu(family: str, tmp_path: Path) -> None:
     assert on_cuda.outputs == on_cpu.outputs
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3"])
+@pytest.mark.parametrize("family", NO_EXPERTS)
 def test_fp8_on_cuda_equals_fp8_on_cpu(family: str, tmp_path: Path) -> None:
     """Rounding is the same, but a value whose last bits differ may be rounded to its other neighbour: so logits are
     compared, and only as far as the tokens agree."""
-    model = checkpoint(tmp_path, family, **FAMILIES[family])
+    model = checkpoint(tmp_path, family, **NO_EXPERTS[family])
     sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=131)
     prompts = [prompt(n, i) for i, n in enumerate((70, 3, 41, 16, 100))]
     requests = [Request(str(i), tuple(ids), len(ids), sampling) for i, ids in enumerate(prompts)]

@@ -12,9 +12,9 @@ from tests.test_families import FAMILIES
 # Of a row's spread of logits. Rounding is 2**-8 and 2**-11 of a value; four layers add up several.
 TOLERANCE = {"bfloat16": 0.035, "float16": 0.0045}
 VOCAB = TINY["vocab_size"]
-# No experts: rounding makes a router choose another one now and then, and that logit is anywhere.
-CHOSEN = {name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3")}
-CHOSEN["deepseek_v3"] = {**FAMILIES["deepseek_v3"], "first_k_dense_replace": 4}
+# Rounding makes a router choose another one now and then, and that logit is anywhere.
+NO_EXPERTS = {name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3")}
+NO_EXPERTS["deepseek_v3"] = {**FAMILIES["deepseek_v3"], "first_k_dense_replace": 4}
 
 
 def requests() -> list[Request]:
@@ -36,9 +36,9 @@ def rows(listener: Listener) -> dict[tuple[str, int], tuple[int, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["reference", "paged"])
-@pytest.mark.parametrize("family", CHOSEN)
+@pytest.mark.parametrize("family", NO_EXPERTS)
 def test_logits_are_near_those_in_float32(family: str, paged: bool, tmp_path: Path) -> None:
-    model = checkpoint(tmp_path, family, **CHOSEN[family])
+    model = checkpoint(tmp_path, family, **NO_EXPERTS[family])
     options = dict(max_num_batched_tokens=33, max_num_seqs=5, block_size=16, paged=paged)
     exact = rows(run(model, requests(), **options))
     for dtype, tolerance in TOLERANCE.items():
