@@ -58,8 +58,14 @@ class Transports:
         self._progress_s = progress_s
         self._senders: dict[str, Sender] = {}
         self._undo: list[Callable[[], None]] = []
-        self._agent: object = None  # of NIXL: whoever was told of it may write as long as it is held
         self.missing = {name: why for name in wanted(setting) if (why := _missing(name, receiver.memory, object_store))}
+        self._agent: object = None  # of NIXL: who was told of it can write for as long as it is held
+        if "nixl" in wanted(setting) and "nixl" not in self.missing:
+            from kv_transfer import nixl
+
+            self._agent = agent = nixl.try_agent(receiver.memory)
+            if isinstance(agent, str):
+                self.missing["nixl"] = agent
         self.speaks = tuple(name for name in wanted(setting) if name not in self.missing)
         if not self.speaks:
             raise ValueError(f"transport {setting!r}: {'; '.join(self.missing.values())}")
@@ -67,10 +73,6 @@ class Transports:
 
     def serve(self, server: grpc.aio.Server, address: str) -> None:
         """Makes the receiver reachable. Before the server starts."""
-        if "nixl" in self.speaks:
-            from kv_transfer import nixl
-
-            self._agent = nixl.agent_of(self._receiver.memory)
         for name in self.speaks:
             self.endpoints.append(Endpoint(name, _locality(name), _export(name, self._receiver)))
         if "local" in self.speaks:

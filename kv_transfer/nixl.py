@@ -123,6 +123,14 @@ def agent_of(memory: BlockMemory) -> Agent:
     return agent
 
 
+def try_agent(memory: BlockMemory) -> Agent | str:
+    """`agent_of`, or why there can be none: no UCX, or memory that it does not register."""
+    try:
+        return agent_of(memory)
+    except Exception as error:  # NIXL's own kinds, which come from no common class
+        return f"NIXL cannot serve the pool: {error}"
+
+
 class NixlSender:
     """Its links share two threads."""
 

@@ -29,6 +29,17 @@ def test_asked_for_and_not_installed(monkeypatch: pytest.MonkeyPatch):
     assert "nixl" not in auto.speaks and "not installed" in auto.missing["nixl"]
 
 
+@needs_nixl
+def test_an_agent_that_cannot_start_leaves_the_others(monkeypatch: pytest.MonkeyPatch):
+    def fails(memory) -> None:
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setattr(nixl, "Agent", fails)
+    receiver = Receiver(make_memory(4), kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
+    auto = kv_transfer.Transports("auto", receiver, SOURCE)
+    assert "grpc" in auto.speaks and auto.missing["nixl"] == "NIXL cannot serve the pool: no such backend"
+
+
 @pytest.mark.parametrize("field", ["agent", "address", "num_blocks"])
 def test_a_handle_that_cannot_be_read(field: str):
     good = PoolHandle("00ff", 4096, 10, 100, 0, "host", "/proc/1/fd/3")

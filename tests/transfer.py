@@ -42,7 +42,7 @@ def make_memory(num_blocks: int, seed: int | None = None, offsets: Sequence[int]
 
 def make_tiled(num_blocks: int, block_size: int, seed: int | None = None) -> BlockMemory:
     """Blocks of that many tokens, in layers of uneven tiles. The rows of a layer's K and V differ, too."""
-    shapes = [((2, 64), (2, 64)), ((3, 32), (3, 48)), ((2, 64), (2, 64)), ((1, 16), (1, 16))]
+    shapes = [((2, 64), (2, 64)), ((3, 32), (3, 48)), ((2, 64), (2, 64)), ((1, 16), (1, 16), (2, 1))]
     tiles = tuple(tuple(Tiles(*entry) for entry in layer) for layer in shapes)
     sizes = [block_size * sum(count * row for count, row in layer) for layer in shapes]
     plain = make_memory(num_blocks, seed, tuple(accumulate(sizes, initial=0)))
