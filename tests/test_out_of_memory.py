@@ -1,13 +1,16 @@
 """A step that finds no memory is computed in smaller ones: same tokens, same KV told once, nobody else the worse."""
 
+import asyncio
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 
 import engine.runner
+from cluster.worker import Role
 from engine.request import Request, SamplingParams
 from engine.sequence import Row, RowResult
 from engine.sequence import Sequence as Seq
@@ -15,6 +18,7 @@ from engine.shrink import OutOfMemory, compute_in_parts, is_out_of_memory
 from tests.engines import KINDS, Listener, assert_idle, checkpoint, greedy, make_engine, prompt, run, sampled
 from tests.handoff import Handoff
 from tests.scarcity import make_scarce
+from tests.service import request, service
 
 PATHS = {"reference": dict(), "paged": dict(paged=True, block_size=16)}
 
@@ -205,3 +209,33 @@ def test_no_memory_at_all_fails_requests_not_the_engine(llama: Path) -> None:
         listener.wait(*requests)
         assert_idle(engine)
     assert listener.outputs == run(llama, requests).outputs
+
+
+# ---------------------------------------------------------------- the service
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_another_worker_takes_what_one_has_no_memory_for(tiny: Path, role: Role) -> None:
+    asked = [request([*range(i, i + 40)], 12, ignore_eos=True) for i in range(5, 45, 10)]
+    settings = dict(engine=dict(load_format="dummy"), prefill=2, decode=2)
+    async with service(tiny, **settings) as it:
+        expected = [(await it.generate(one)).token_ids for one in asked]
+    async with service(tiny, **settings) as it:
+        starved = it.worker(role).engine
+        assert starved is not None
+        scarcity = make_scarce(starved, lambda op, shape: True)
+        answers = await asyncio.gather(*map(it.generate, asked))
+        assert [answer.token_ids for answer in answers] == expected
+        assert scarcity.num_refused
+
+
+async def test_no_worker_with_memory_is_said_so(tiny: Path) -> None:
+    async with service(tiny, engine=dict(load_format="dummy")) as it:
+        one = it.worker("prefill").engine
+        assert one is not None
+        make_scarce(one, lambda op, shape: True)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await it.generate(request([*range(5, 45)], 12))
+        assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "ran out of memory" in str(raised.value.details())
+        await it.settle()
