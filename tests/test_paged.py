@@ -20,7 +20,6 @@ from tests.test_families import FAMILIES
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [pytest.mark.gpu] if CUDA else []
-UNCAPTURED = {"qwen3_moe", "gpt_oss", "deepseek_v3"}
 
 
 def paged(model: Path, requests: list[Request], **config) -> Listener:
@@ -33,7 +32,7 @@ def test_greedy_equals_the_reference(family: str, tmp_path: Path) -> None:
     requests = [greedy(str(i), prompt(n, i), 24) for i, n in enumerate((70, 3, 41, 16, 17, 55))]
     options = dict(max_num_batched_tokens=33, max_num_seqs=5)
     expected = run(model, requests, **options).outputs
-    assert paged(model, requests, **options, block_size=16, cuda_graphs=family not in UNCAPTURED).outputs == expected
+    assert paged(model, requests, **options, block_size=16).outputs == expected
     if family == "llama":
         assert paged(model, requests, **options, block_size=64, fuse=False).outputs == expected
         assert paged(model, requests, **options, block_size=64, cuda_graphs=False).outputs == expected
