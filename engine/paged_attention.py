@@ -55,7 +55,8 @@ class Workspace:
         """`num_heads`: the most query heads of any layer."""
         spans, device = cache.spans, cache.elements.device
         self.tile = min(tile_tokens(max(s.key_dim, s.value_dim), cache.dtype) for s in spans)
-        self.chunk_tile = chunk_tile(max(max(s.key_dim, s.value_dim) for s in spans), cache.dtype)
+        is_roomy = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in ROOMY
+        self.chunk_tile = chunk_tile(max(max(s.key_dim, s.value_dim) for s in spans), cache.dtype, is_roomy)
         self.queries = self.chunk_tile.queries
         num_kv_heads = max(s.num_kv_heads for s in spans)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -88,12 +89,15 @@ class ChunkTile:
     num_stages: int = 2
 
 
-def chunk_tile(dim: int, dtype: torch.dtype) -> ChunkTile:
+ROOMY = (9, 10)  # major compute capabilities whose SMs have 227 KiB of shared memory
+
+
+def chunk_tile(dim: int, dtype: torch.dtype, is_roomy: bool) -> ChunkTile:
     """As measured on an H100, in bfloat16: of 8192 tokens, heads of 128 at 407 TFLOP/s (with 128 queries 374), heads of
-    256 with soft caps at 446 (with 32 keys 315).
+    256 with soft caps at 446 (with 32 keys 315); those need an SM with room for 192 KiB.
     """
     item = ops._power(dim) * dtype.itemsize
-    if dtype.itemsize == 2 and 256 < item <= 512:
+    if dtype.itemsize == 2 and 256 < item <= 512 and is_roomy:
         return ChunkTile(128, 64, 8)
     return ChunkTile(64 if item <= 512 else 32, 64 if item <= 256 else 32, 4 if item <= 256 else 8)
 
