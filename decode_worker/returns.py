@@ -43,7 +43,7 @@ class Turn:
     source: kv.WorkerRef  # the worker that prefilled it
     token_ids: list[int]
     namespace: bytes
-    num_prompt_blocks: int  # leading ones that the prefill worker computed itself
+    num_prompt_tokens: int  # that the prefill worker computed itself
 
 
 class Returns:
@@ -72,14 +72,14 @@ class Returns:
         request = run.request
         block_size = self._engine.layout.block_size
         num_blocks = (len(request.token_ids) + len(run.output) - 1) // block_size
-        num_prompt_blocks = len(request.token_ids) // block_size
-        if run.source is None or not request.use_prefix_cache or not run.output or num_blocks <= num_prompt_blocks:
+        is_more = num_blocks > len(request.token_ids) // block_size
+        if run.source is None or not request.use_prefix_cache or not run.output or not is_more:
             return
         if self._is_closed:
             self.num_dropped += 1
             return
         token_ids = [*request.token_ids, *run.output][: num_blocks * block_size]
-        self._waiting.append(Turn(run.source, token_ids, request.namespace, num_prompt_blocks))
+        self._waiting.append(Turn(run.source, token_ids, request.namespace, len(request.token_ids)))
         if len(self._waiting) > MAX_WAITING:
             self._waiting.popleft()
             self.num_dropped += 1
@@ -125,12 +125,16 @@ class Returns:
         if not self._peers.is_member(turn.source.worker_id, turn.source.incarnation):
             return False
         peer = await self._peers.connect(turn.source)
-        block_size = self._engine.layout.block_size
-        hashes = block_hashes(turn.token_ids, block_size, turn.namespace)
+        sizes = block_size, _ = self._engine.layout.block_size, peer.block_size
+        num_held = whole_blocks(turn.num_prompt_tokens, peer.block_size)
+        token_ids = turn.token_ids[: whole_blocks(len(turn.token_ids), *sizes)]
+        if len(token_ids) <= num_held:
+            return True
+        hashes = block_hashes(token_ids, block_size, turn.namespace)
         block_ids = await asyncio.wrap_future(self._engine.retain(owner, hashes))
-        token_ids = turn.token_ids[: whole_blocks(len(block_ids) * block_size, block_size, peer.block_size)]
+        token_ids = token_ids[: whole_blocks(len(block_ids) * block_size, *sizes)]
         block_ids = block_ids[: len(token_ids) // block_size]
-        if len(block_ids) <= turn.num_prompt_blocks:
+        if len(token_ids) <= num_held:
             return False
         try:
             granted = await peer.stub.Offer(

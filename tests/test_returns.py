@@ -63,6 +63,25 @@ async def test_the_next_turn_computes_only_the_new_message(smollm2):
     assert answers[True] == answers[False]
 
 
+@pytest.mark.parametrize(("prefill", "decode"), [(32, 16), (16, 32), (64, 16)])
+async def test_blocks_of_different_sizes(tiny, prefill, decode):
+    """What is returned ends at a whole block of both sizes."""
+    sizes = {"engine": {**DUMMY, "block_size": prefill}, "decode_engine": {"block_size": decode}}
+    prompt, larger = list(range(40)), max(prefill, decode)
+    async with service(tiny, engine=DUMMY) as s:
+        *_, again = await chat(s, prompt, [5], 80)
+        expected = (await s.generate(request(again, 20, ignore_eos=True))).token_ids
+    async with service(tiny, **sizes, kv_return=True) as s:
+        first = await s.generate(request(prompt, 80, ignore_eos=True))
+        assert [*prompt, *first.token_ids[0], 5] == again and (await counters(s))[2:] == [0, 0]
+        second = await s.generate(request(again, 20, ignore_eos=True))
+        assert second.prompt_info.num_cached_tokens == (40 + 79) // larger * larger
+        assert second.timings.returned_tokens == second.prompt_info.num_cached_tokens - 40 // prefill * prefill
+        assert second.token_ids == expected
+        await s.generate(request(list(range(500, 540)), 20, ignore_eos=True))  # 48 of 59 tokens are whole blocks of 16
+        assert (await counters(s))[2:] == [0, 0]
+
+
 async def test_what_is_not_returned(tiny):
     """Bypassed caches, several answers to one prompt, cancelled runs, runs without a new whole block, local prefill."""
     prompt = list(range(40))
@@ -240,10 +259,10 @@ async def test_nothing_is_visible_unless_it_was_verified(tiny):
 
 
 async def test_an_offer_whose_writer_vanished_expires(tiny, monkeypatch):
-    monkeypatch.setattr(offers, "LEASE_S", 0.2)
+    monkeypatch.setattr(offers, "LEASE_S", 1.0)
     async with service(tiny, engine=DUMMY, kv_return=True) as s, offering(s) as stub:
         granted = await stub.Offer(an_offer(s), timeout=5.0)
-        assert s.worker("prefill").status()["reserved_blocks"] == 3
+        assert granted.transfer_id and s.worker("prefill").status()["transfers_in_flight"] == 1
         await s.settle()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.Commit(a_commit(granted.transfer_id), timeout=5.0)

@@ -12,10 +12,12 @@ from tests.service import collect, request, service
 DUMMY = {"load_format": "dummy", "num_blocks": 128}
 
 
-@pytest.mark.parametrize("transport", ["local", "grpc"])
-async def test_greedy_tokens_are_those_of_transformers(smollm2, transport):
-    """A few prompts here; all twenty, over processes, in test_deployment.py."""
-    rows = load()[:6]
+@pytest.mark.parametrize(("transport", "num_prompts"), [("local", 20), ("grpc", 6)])
+async def test_greedy_tokens_are_those_of_transformers(smollm2, transport, num_prompts):
+    """Two workers in one process. All twenty prompts over the other transports, between processes, in
+    test_deployment.py."""
+    rows = load()[:num_prompts]
+    assert len(rows) == num_prompts
     async with service(smollm2, transport=transport, engine={"max_num_batched_tokens": 64}) as s:
         answers = await asyncio.gather(*(s.generate(request(row["prompt"], 32)) for row in rows))
         for row, answer in zip(rows, answers, strict=True):
