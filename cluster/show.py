@@ -33,7 +33,7 @@ def status_view(status: dict[str, Any]) -> RenderableType:
         for part in [router, *(worker for pool in status["pools"].values() for worker in pool["workers"])]
         if part["detail"] or part["state"] == "lost"
     ]
-    return Group(head, pools, _workers(status), *_links(status), *problems)
+    return Group(head, pools, _workers(status), *_links(status), *_returned(status), *problems)
 
 
 def _links(status: dict[str, Any]) -> list[Text]:
@@ -77,6 +77,19 @@ def _workers(status: dict[str, Any]) -> Table:
                 str(load.get("steps", "")),
             )
     return table
+
+
+def _returned(status: dict[str, Any]) -> list[Text]:
+    """One line once something was returned to a prefill worker, or would have been."""
+    reports = [worker["report"] for pool in status["pools"].values() for worker in pool["workers"]]
+    names = ("kv_returned_bytes", "kv_returned_blocks", "kv_returns_refused", "kv_returns_dropped")
+    num_bytes, *counts = (sum(report.get(name, 0) for report in reports) for name in names)
+    if not any((num_bytes, *counts)):
+        return []
+    blocks, refused, dropped = counts
+    return [
+        Text(f"KV returned after turns: {_size(num_bytes)} in {blocks} blocks; {refused} refused, {dropped} dropped")
+    ]
 
 
 def _state(part: dict[str, Any]) -> Text:

@@ -46,6 +46,12 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert config.router.to_config("x").limits.max_logprobs == 5
 
 
+@pytest.mark.parametrize(("said", "is_on"), [(None, False), ("on", True), ("off", False)])
+def test_the_way_back_is_off_unless_asked_for(said: str | None, is_on: bool) -> None:
+    config = load(None, [f"kv_return={said}"] if said else [])
+    assert worker_spec(config, "decode", "decode-0", 0, "", 1).kv_return is is_on
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
