@@ -1,5 +1,6 @@
 """What the actors host, built inside their processes: torch loads here and in no other file of the cluster."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ def worker(spec: WorkerSpec, host: str, say: Callable[[str], None]) -> Any:
         from cluster.object_store import RayObjectStore
 
         object_store = RayObjectStore()
-    engine = EngineConfig(model=str(directory), **spec.engine)
+    engine = EngineConfig(model=str(directory), **{**spec.engine, "device": device(spec.engine["device"])})
     return Worker(
         spec.worker_id,
         spec.role,  # type: ignore[arg-type]
@@ -29,6 +30,18 @@ def worker(spec: WorkerSpec, host: str, say: Callable[[str], None]) -> Any:
         object_store=object_store,
         kv_return=spec.kv_return,
     )
+
+
+def device(name: str) -> str:
+    """The GPU that Ray gave this process, by its index among those that the process sees: all of the node's, so that it
+    can map the memory of other workers' (see `SEES_ALL_GPUS` in cluster/spec.py)."""
+    if name != "cuda":
+        return name
+    import ray
+
+    mine = str(ray.get_gpu_ids()[0])
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return f"cuda:{seen.split(',').index(mine) if seen else int(mine)}"
 
 
 def router(spec: RouterSpec, say: Callable[[str], None]) -> Any:

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.actors import CONTROLLER, RouterActor, WorkerActor
 from cluster.config import ROLES, DeploymentConfig, Placement, PoolName, missing_half
 from cluster.placement import Demand, cluster_nodes, waits_for
-from cluster.spec import Builders, RouterSpec, WorkerSpec, num_threads, worker_spec
+from cluster.spec import SEES_ALL_GPUS, Builders, RouterSpec, WorkerSpec, num_threads, worker_spec
 from cluster.supervisor import Supervisor, explain, result_of
 from protos.worker_pb2 import Members
 
@@ -215,7 +215,8 @@ class Controller:
         actor: Any = WorkerActor
 
         def create(spec: WorkerSpec) -> Any:
-            env = self._config.pools[pool].env
+            settings = self._config.pools[pool]
+            env = {**(SEES_ALL_GPUS if settings.num_gpus else {}), **settings.env}
             return actor.options(**self._options(spec.actor_name, env), **demand.actor_options()).remote(spec)
 
         def spec(restarts: int) -> WorkerSpec:

@@ -6,6 +6,9 @@ from typing import Any
 from cluster.config import ROLES, DeploymentConfig, PoolConfig, PoolName
 from router.config import RouterConfig
 
+# Ray would hide a worker from the GPUs of the others; transport cuda_ipc maps their memory.
+SEES_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+
 
 @dataclass(frozen=True, slots=True)
 class Builders:

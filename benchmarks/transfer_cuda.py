@@ -1,0 +1,202 @@
+"""KV hand-off between two GPUs of one host, GB/s until the receiver has verified the manifest.
+
+    python -m benchmarks.transfer_cuda [--rounds 9] [--block-sizes 16 64 128] [--programs 32 64 132]
+
+The pages are those of Llama-3.1-8B (32 layers of 8 kv heads x 128, bf16), 128 of them scattered in both pools, pushed
+as four stretches of 8 layers. The receiver is another process. In one run, the physical bound first:
+
+    copy       one contiguous peer copy of 1 GiB by the copy engine
+    kernel     the push kernel alone, by GPU events, without and with taking the digest
+    transfer   cuda_ipc from open to the answer that everything has landed and is verified; with the commit's answer
+    nccl       send and receive of as many contiguous bytes, between two more processes
+    cost       a matrix product of 8192^3 alone, and while pages are pushed at full speed; the same for a stretch of
+               memory-bound work, as decode is
+
+Ceiling: 18 links of NVLink 4 move 450 GB/s each way, of which a copy reaches about 390. Prints a table and one JSON
+line last.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.cuda_peer import SOURCE, Peer, make_memory
+from kv_transfer.base import BlockMemory, Link
+from kv_transfer.cuda_ipc import CudaIpcSender
+from kv_transfer.cuda_pages import page_ids
+from kv_transfer.push_kernel import Side, launch
+from kv_transfer.relayout import TileRange
+
+LAYERS, HEADS, DIM, MOVED, POOL = 32, 8, 128, 128, 160
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--programs", type=int, nargs="+", default=[32, 64, 132])
+    parser.add_argument("--nccl", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.nccl is not None:
+        return nccl(args.nccl)
+    assert torch.cuda.device_count() >= 2, "two GPUs are needed"
+    torch.cuda.set_device(0)
+    found: dict[str, Any] = {"copy": peer_copy()}
+    print(f"{'contiguous peer copy':<56}{found['copy']:8.1f} GB/s", flush=True)
+    for block_size in args.block_sizes:
+        found[str(block_size)] = asyncio.run(measure(block_size, args.programs, args.rounds, found["copy"]))
+    found["nccl"] = asyncio.run(nccl_pair())
+    print(f"{'NCCL send/recv, 256 MiB contiguous':<56}{found['nccl']:8.1f} GB/s", flush=True)
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(json.dumps({"benchmark": "transfer_cuda", "gb_per_s": found, "rounds": args.rounds, **machine}))
+
+
+async def measure(block_size: int, programs: list[int], rounds: int, copy: float) -> dict[str, Any]:
+    source = make_memory("cuda:0", block_size, POOL, LAYERS, HEADS, DIM, seed=1)
+    peer = await Peer.start("cuda:1", block_size, POOL, LAYERS, HEADS, DIM)
+    found: dict[str, Any] = {}
+    endpoint = next(e for e in peer.endpoints if e.transport == "cuda_ipc")
+    for count in programs:
+        sender = CudaIpcSender(source, SOURCE, num_programs=count)
+        link = await sender.connect(peer.address, endpoint)
+        figures = {"kernel": kernel(source, link, count, False), "kernel_digest": kernel(source, link, count, True)}
+        landed, committed = await transfers(source, peer, link, rounds)
+        figures |= {"transfer": landed, "transfer_committed": committed}
+        if block_size == 64:
+            figures |= cost(source, link, count)
+        for name, figure in figures.items():
+            is_rate = not name.startswith("cost")
+            said = f"{figure:8.1f} GB/s {figure / copy:5.2f}" if is_rate else f"{figure:8.3f} of alone"
+            print(f"{block_size:>4} tokens a page, {count:>3} programs: {name:<24}{said}", flush=True)
+        found[str(count)] = figures
+        await sender.close()
+    await peer.stop()
+    return found
+
+
+def peer_copy() -> float:
+    num_bytes = 1 << 30
+    source, target = (torch.zeros(num_bytes, dtype=torch.uint8, device=f"cuda:{i}") for i in (0, 1))
+    torch.cuda.set_device(0)
+    return num_bytes / 1e6 / milliseconds(lambda: target.copy_(source, non_blocking=True))
+
+
+def milliseconds(work: Callable[[], Any], rounds: int = 5) -> float:
+    """Median by GPU events, after one to warm up."""
+    took = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        took.append(begin.elapsed_time(end))
+    return statistics.median(took[1:])
+
+
+def pusher(source: BlockMemory, link: Link, num_programs: int, with_digest: bool) -> Callable[[], None]:
+    """Launches one push of all layers into blocks [0, MOVED) of the receiver's pool, which no ticket uses then."""
+    pool = link._pool  # type: ignore[attr-defined]
+    mine = page_ids(random.Random(0).sample(range(POOL), MOVED), source.slab.device)
+    theirs = page_ids(random.Random(1).sample(range(POOL), MOVED), source.slab.device)
+    sums = torch.empty(num_programs, dtype=torch.int64, pin_memory=True)
+    size, width = source.block_size, source.slab.shape[1]
+    sides = (
+        Side(source.slab.data_ptr(), width, size, mine.data_ptr(), 0),
+        Side(pool.address, width, size, theirs.data_ptr(), 0),
+    )
+    tiles = TileRange(0, LAYERS * 2 * HEADS, DIM * 2, 0)
+
+    def push(_keep: tuple = (mine, theirs, sums)) -> None:
+        launch(*sides, (0, MOVED * size), tiles, sums.data_ptr(), num_programs, with_digest=with_digest)
+
+    return push
+
+
+def kernel(source: BlockMemory, link: Link, num_programs: int, with_digest: bool) -> float:
+    return MOVED * source.slab.shape[1] / 1e6 / milliseconds(pusher(source, link, num_programs, with_digest))
+
+
+async def transfers(source: BlockMemory, peer: Peer, link: Link, rounds: int) -> tuple[float, float]:
+    """Medians: until everything has landed and is verified, and until the commit is answered."""
+    landed, committed = [], []
+    num_bytes = MOVED * source.slab.shape[1]
+    for index in range(rounds + 2):
+        mine, theirs = (random.Random(index + seed).sample(range(POOL), MOVED) for seed in (0, 1000))
+        transfer_id, placement = await peer.grant(theirs, "cuda_ipc")
+        started_s = time.perf_counter()
+        outgoing = link.open(transfer_id, placement=placement)
+        for layer in range(0, LAYERS, 8):
+            outgoing.push(mine, 0, layer, layer + 8)
+        manifest = await outgoing.finish()
+        landed_s = time.perf_counter()
+        await peer.commit(transfer_id, manifest)
+        landed.append(landed_s - started_s)
+        committed.append(time.perf_counter() - started_s)
+    return num_bytes / 1e9 / statistics.median(landed[2:]), num_bytes / 1e9 / statistics.median(committed[2:])
+
+
+def cost(source: BlockMemory, link: Link, num_programs: int) -> dict[str, float]:
+    """Time of work on the sender's GPU while it pushes, against its time alone."""
+    a = torch.randn(8192, 8192, device="cuda:0", dtype=torch.bfloat16)
+    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
+    works = {"cost_matmul": lambda: torch.mm(a, a), "cost_memory": lambda: big.bitwise_not_()}
+    push, stream = pusher(source, link, num_programs, True), torch.cuda.Stream(priority=-1)
+
+    def ratio(work: Callable[[], Any]) -> float:
+        alone = milliseconds(lambda: [work() for _ in range(20)])
+
+        def beside() -> None:
+            # Enough pushes to outlast the work; milliseconds() waits for them before it starts again.
+            with torch.cuda.stream(stream):
+                for _ in range(int(alone * 1.3 / 3) + 2):
+                    push()
+            for _ in range(20):
+                work()
+
+        return milliseconds(beside) / alone
+
+    return {name: ratio(work) for name, work in works.items()}
+
+
+def nccl(rank: int) -> None:
+    import torch.distributed as dist
+
+    torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl", init_method="tcp://127.0.0.1:29517", rank=rank, world_size=2, device_id=torch.device("cuda", rank)
+    )
+    data = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def work() -> None:
+        (dist.send if rank == 0 else dist.recv)(data, 1 - rank)
+
+    took = milliseconds(work, 9)
+    if rank == 0:
+        print(len(data) / 1e6 / took)
+    dist.destroy_process_group()
+
+
+async def nccl_pair() -> float:
+    processes = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "benchmarks.transfer_cuda", "--nccl", str(rank)), stdout=asyncio.subprocess.PIPE
+        )
+        for rank in (0, 1)
+    ]
+    output, _ = await asyncio.wait_for(processes[0].communicate(), 120)
+    await processes[1].wait()
+    return float(output.split()[-1]) if output else 0.0
+
+
+if __name__ == "__main__":
+    main()
