@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kv_transfer import cuda_driver
-from kv_transfer.base import Endpoint, Placement, TransferBroken, TransferRefused
+from kv_transfer.base import Endpoint, Placement, ReadyEvent, TransferBroken, TransferRefused
 from kv_transfer.cuda_pages import first_of_each_shape, page_ids, side_stream, warm_up
 from kv_transfer.grpc_stream import GrpcWire
 from kv_transfer.guards import NUM_SLOTS, open_guards
@@ -30,7 +30,7 @@ from kv_transfer.push_kernel import Side, launch, total
 from kv_transfer.relayout import tile_ranges
 from protos.grpc_options import CHANNEL_OPTIONS
 
-NUM_PROGRAMS = 64  # of a push: what fills NVLink and leaves the model its multiprocessors (docs/performance.md)
+NUM_PROGRAMS = 32  # of a push: what fills NVLink and leaves the model its multiprocessors (docs/performance.md)
 _GUARDS = re.compile(r"/proc/\d+/fd/\d+")
 _log = logging.getLogger(__name__)
 
@@ -208,9 +208,9 @@ class _Pool:
         guard = self._guards_at + 8 * placement.guard if self._guards_at else 0
         for tiles, slot in zip(ranges, sums, strict=True):
             launch(source, target, tokens, tiles, slot.data_ptr(), self.num_programs, guard, placement.generation)
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event()
         event.record()
-        return _Write(event, sums, pages)
+        return _Write(rect.after, event, sums, pages)
 
     def close(self) -> None:
         self.stream.synchronize()
@@ -255,11 +255,15 @@ class _Writer:
 
 @dataclass(frozen=True, slots=True)
 class _Write:
+    after: ReadyEvent | None
     event: torch.cuda.Event
     sums: torch.Tensor
     pages: tuple[torch.Tensor, torch.Tensor]  # kept until they have been read
 
     def wait(self) -> int:
+        # Asleep while the layers are computed, which may take long; polling, in the driver, for the push itself.
+        if self.after is not None:
+            self.after.synchronize()
         self.event.synchronize()
         return total(self.sums)
 

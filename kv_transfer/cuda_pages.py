@@ -48,7 +48,7 @@ def digests(memory: BlockMemory, pages: Sequence[Pages]) -> list[int]:
             tokens = one.tokens or (one.block_start * size, (one.block_start + len(one.block_ids)) * size)
             for tiles in found:
                 launch(side, None, tokens, tiles, next(slots).data_ptr(), DIGEST_PROGRAMS)
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event()  # polled, for it takes a fraction of a millisecond
         event.record()
         event.synchronize()
     results, at = [], 0

@@ -126,6 +126,7 @@ def total(digests: torch.Tensor) -> int:
 # Numbers of a launch that say nothing about alignment. Else a variant for each that is 1, or a multiple of 16, would be
 # compiled in the middle of a transfer.
 _PLAIN = [
+    "guard",
     "generation",
     "num_items",
     "num_tiles",
