@@ -248,6 +248,8 @@ class Engine:
     def _loop(self) -> None:
         if self.config.num_threads is not None:
             torch.set_num_threads(self.config.num_threads)  # the count belongs to the thread
+        if self.slab.is_cuda:
+            torch.cuda.set_device(self.slab.device)  # so does the device, and with it where kernels and events go
         idle = True
         while True:
             with self._wake:
