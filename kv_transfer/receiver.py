@@ -24,13 +24,13 @@ from kv_transfer.base import (
     Manifest,
     Placement,
     TransferBroken,
-    TransferCorrupt,
     TransferError,
     TransferRefused,
 )
 from kv_transfer.guards import Guards
+from kv_transfer.invariants import check
 from kv_transfer.memory import BlockMemory
-from kv_transfer.ticket import LIVE, State, Ticket
+from kv_transfer.ticket import LIVE, State, Ticket, differs, to_come
 
 TICKET_BYTES = 16
 MAX_TOMBSTONES = 4096
@@ -106,12 +106,8 @@ class Receiver:
         assert 0 <= first_block <= len(block_ids) == len(set(block_ids)), (first_block, block_ids)
         assert all(0 <= block_id < self.memory.num_blocks for block_id in block_ids), block_ids
         transfer_id = secrets.token_bytes(TICKET_BYTES)
-        coming, size = range(first_block, len(block_ids)), 0
-        if sent is not None and sent[0] != self.memory.block_size:
-            size, num_tokens = sent
-            first_token = first_block * self.memory.block_size
-            assert self.memory.tiles and first_token % size == 0, (sent, first_block)
-            coming = range(first_token // size, max(-(-num_tokens // size), first_token // size))
+        coming, size = to_come(self.memory.block_size, len(block_ids), first_block, sent)
+        assert not size or self.memory.tiles
         placement = None
         if writer is not None:
             assert self._guards is not None, "one-sided transports need guards"
@@ -170,7 +166,7 @@ class Receiver:
                     block_ids = ticket.block_ids[header.block_start : header.block_start + header.block_count]
                     checksum = self.memory.write(block_ids, *layers, arrays)
                 if checksum != header.checksum:
-                    raise _differs(header)
+                    raise differs(header)
             except TransferError as error:
                 self._fail(ticket, error)
                 raise
@@ -200,7 +196,7 @@ class Receiver:
             self._require_receiving(ticket)
             for header, digest in zip(headers, digests, strict=True):
                 if digest != header.checksum:
-                    corrupt = _differs(header)
+                    corrupt = differs(header)
                     self._fail(ticket, corrupt)
                     raise corrupt
                 self._count(ticket, header, ticket.cells(self.memory, header, header.num_bytes, ticket.covered, 0))
@@ -265,13 +261,9 @@ class Receiver:
 
     def heartbeat(self, transfer_ids: Iterable[bytes]) -> list[bytes]:
         """Renews leases; returns the tickets that are over, failed or unknown."""
-        unknown = []
-        for transfer_id in transfer_ids:
-            with self._lock:
-                ticket = self._tickets.get(transfer_id)
-            if ticket is None or not self._renew(ticket):
-                unknown.append(transfer_id)
-        return unknown
+        with self._lock:
+            tickets = {transfer_id: self._tickets.get(transfer_id) for transfer_id in transfer_ids}
+        return [transfer_id for transfer_id, ticket in tickets.items() if ticket is None or not self._renew(ticket)]
 
     def release(self, transfer_id: bytes) -> bool:
         """Ends a live ticket; True if this call did. Its owner's pages are free to go unless `is_quarantined`."""
@@ -312,24 +304,8 @@ class Receiver:
         """Asserts every invariant. For tests and debugging."""
         with self._lock:
             live, dead, quarantined = dict(self._tickets), dict(self._tombstones), dict(self._quarantine)
-        assert not live.keys() & quarantined.keys()
-        if self._guards is not None:
-            held = [t.placement.guard for t in [*live.values(), *quarantined.values()] if t.placement is not None]
-            assert len(held) == len(set(held)) == self._guards.num_taken, "a guard has no ticket, or two"
-            assert not any(self._guards.words[t.placement.guard] for t in quarantined.values() if t.placement)
-        assert not live.keys() & dead.keys() and len(dead) <= MAX_TOMBSTONES
-        writable = [block_id for ticket in live.values() for block_id in ticket.block_ids[ticket.first_block :]]
-        assert len(writable) == len(set(writable)), "two live tickets may write the same page"
-        for ticket in live.values():
-            with ticket.lock:
-                assert ticket.num_covered == int(ticket.covered.sum())
-                layers = range(self.memory.num_layers)
-                widths = np.array([self.memory.width(i, i + 1, ticket.block_size) for i in layers], np.int64)
-                assert ticket.received.num_bytes == int((ticket.covered * widths).sum())
-                assert (ticket.error is not None) == (ticket.state is State.FAILED)
-                assert ticket.state is not State.GRANTED or ticket.received.num_chunks == 0
-        for ticket in dead.values():
-            assert ticket.state not in LIVE and not ticket.waiters and not ticket.block_ids
+        assert len(dead) <= MAX_TOMBSTONES
+        check(self.memory, self._guards, live, dead, quarantined)
 
     def _find(self, transfer_id: bytes) -> Ticket:
         with self._lock:
@@ -372,13 +348,8 @@ class Receiver:
             raise TransferRefused(f"ticket is {ticket.state.value}")
         try:
             self._require_lease(ticket)
-            if ticket.received.num_chunks < manifest.num_chunks and not ticket.ended:
+            if not ticket.is_complete(manifest):
                 return False
-            if ticket.received.manifest() != manifest:
-                raise TransferCorrupt("what arrived differs from the manifest")
-            if ticket.num_covered != ticket.covered.size:
-                missing = ticket.covered.size - ticket.num_covered
-                raise TransferCorrupt(f"{missing} of {ticket.covered.size} (block, layer) pairs never came")
         except TransferError as error:
             self._fail(ticket, error)
             raise
@@ -424,7 +395,3 @@ class Receiver:
             self._tombstones[ticket.transfer_id] = ticket
             while len(self._tombstones) > MAX_TOMBSTONES:
                 self._tombstones.popitem(last=False)
-
-
-def _differs(header: ChunkHeader) -> TransferCorrupt:
-    return TransferCorrupt(f"chunk {header.sequence}: checksum differs from the one taken at the sender")

@@ -22,7 +22,15 @@ from enum import Enum
 
 import numpy as np
 
-from kv_transfer.base import ChunkHeader, Manifest, ManifestBuilder, Placement, TransferBroken, TransferError
+from kv_transfer.base import (
+    ChunkHeader,
+    Manifest,
+    ManifestBuilder,
+    Placement,
+    TransferBroken,
+    TransferCorrupt,
+    TransferError,
+)
 from kv_transfer.memory import BlockMemory, Pages
 
 
@@ -75,6 +83,17 @@ class Ticket:
                 waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
         self.waiters.clear()
 
+    def is_complete(self, manifest: Manifest) -> bool:
+        """False: chunks are missing that may still come. Raises TransferCorrupt if what came is not what was sent."""
+        if self.received.num_chunks < manifest.num_chunks and not self.ended:
+            return False
+        if self.received.manifest() != manifest:
+            raise TransferCorrupt("what arrived differs from the manifest")
+        if self.num_covered != self.covered.size:
+            missing = self.covered.size - self.num_covered
+            raise TransferCorrupt(f"{missing} of {self.covered.size} (block, layer) pairs never came")
+        return True
+
     def cells(
         self, memory: BlockMemory, header: ChunkHeader, num_bytes: int, covered: np.ndarray, num_before: int
     ) -> np.ndarray:
@@ -107,6 +126,21 @@ class Ticket:
         tokens = first * self.block_size, min(stop * self.block_size, len(self.block_ids) * ours)
         first = tokens[0] // ours
         return Pages(self.block_ids[first : -(-tokens[1] // ours)], first, *layers, tokens)
+
+
+def to_come(block_size: int, num_blocks: int, first_block: int, sent: tuple[int, int] | None) -> tuple[range, int]:
+    """The sender's logical blocks that fill ours from `first_block` on, and their size, 0: ours. `sent`: that size, and
+    the number of tokens in all."""
+    if sent is None or sent[0] == block_size:
+        return range(first_block, num_blocks), 0
+    size, num_tokens = sent
+    first, rest = divmod(first_block * block_size, size)
+    assert rest == 0, (sent, first_block)
+    return range(first, max(-(-num_tokens // size), first)), size
+
+
+def differs(header: ChunkHeader) -> TransferCorrupt:
+    return TransferCorrupt(f"chunk {header.sequence}: checksum differs from the one taken at the sender")
 
 
 def _resolve(waiter: asyncio.Future) -> None:

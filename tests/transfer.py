@@ -29,6 +29,7 @@ BLOCK_BYTES = 8200
 NUM_LAYERS = len(LAYER_OFFSETS) - 1
 ONE_SIDED = choose.ONE_SIDED | {"placed"}
 needs_nixl = pytest.mark.skipif(not any(map(find_spec, nixl.PACKAGES)), reason="NIXL is not installed")
+TRANSPORTS = ["local", "grpc", "ray_store", "placed", pytest.param("nixl", marks=needs_nixl)]
 
 
 def make_memory(num_blocks: int, seed: int | None = None, offsets: Sequence[int] = LAYER_OFFSETS) -> BlockMemory:

@@ -1,0 +1,139 @@
+"""What depends on sizes: blocks of another size at either end, and the memory that a long prompt takes on its way."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+import kv_transfer
+from kv_transfer.base import BlockMemory
+from kv_transfer.receiver import Receiver
+from kv_transfer.relayout import whole_blocks
+from tests.transfer import ONE_SIDED, SOURCE, TRANSPORTS, make_memory, make_tiled, tokens, transfer_pair
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize(("source_size", "target_size"), [(16, 64), (64, 16), (16, 16), (48, 32)])
+async def test_blocks_of_another_size_are_laid_anew(
+    transport: str, source_size: int, target_size: int, request: pytest.FixtureRequest
+):
+    """Prompts of whole and broken blocks on either side, with and without a prefix that is there already."""
+    if transport in ONE_SIDED:
+        pytest.skip("these blocks must be alike")
+    stores = request.getfixturevalue("ray_stores") if transport == "ray_store" else (None, None)
+    source, target = make_tiled(40, source_size, seed=1), make_tiled(40, target_size, seed=2)
+    rng = random.Random(0)
+    async with transfer_pair(transport, stores[0], source, target, 20000, receiver_store=stores[1]) as pair:
+        for num_tokens, num_cached in ((1, 0), (200, 0), (192, 96), (201, 192), (130, 64), (192, 192)):
+            num_cached = whole_blocks(num_cached, source_size, target_size)
+            source_ids, target_ids = (
+                rng.sample(range(40), -(-num_tokens // size)) for size in (source_size, target_size)
+            )
+            expected, before = tokens(source, source_ids)[:num_tokens], target.slab.clone()
+            kept = tokens(target, target_ids)[:num_cached]
+            transfer_id = pair.receiver.grant(
+                "owner", SOURCE, target_ids, num_cached // target_size, 30.0, sent=(source_size, num_tokens)
+            )
+            outgoing, first = pair.open(transfer_id), num_cached // source_size
+            middle = (first + len(source_ids)) // 2
+            for start, stop in ((first, middle), (middle, len(source_ids))):
+                for layer in range(source.num_layers if stop > start else 0):
+                    outgoing.push(source_ids[start:stop], start, layer, layer + 1)
+            await pair.receiver.commit(transfer_id, await outgoing.finish())
+            arrived = tokens(target, target_ids)[:num_tokens]
+            assert arrived[num_cached:].equal(expected[num_cached:]) and arrived[:num_cached].equal(kept)
+            others = [block for block in range(40) if block not in target_ids[num_cached // target_size :]]
+            assert target.slab[others].equal(before[others])
+            pair.receiver.check()
+
+
+@pytest.mark.parametrize("missing", [0, 1, 4])
+async def test_coverage_is_counted_in_the_senders_blocks(transport: str, missing: int):
+    """70 tokens are five blocks of 16 and two of 64: without one of the five nothing is committed."""
+    if transport == "ray_store" or transport in ONE_SIDED:
+        pytest.skip("the receiver counts alike, whatever brought the bytes")
+    source, target = make_tiled(8, 16, seed=1), make_tiled(8, 64)
+    async with transfer_pair(transport, None, source, target) as pair:
+        transfer_id = pair.receiver.grant("owner", SOURCE, [3, 5], 0, 30.0, sent=(16, 70))
+        outgoing = pair.open(transfer_id)
+        for block in range(5):
+            if block != missing:
+                outgoing.push([block], block, 0, source.num_layers)
+        with pytest.raises(kv_transfer.TransferCorrupt, match="4 of 20"):
+            await pair.receiver.commit(transfer_id, await outgoing.finish())
+        assert pair.receiver.release(transfer_id)
+        over = pair.receiver.grant("owner", SOURCE, [3, 5], 0, 30.0, sent=(16, 70))
+        outgoing = pair.open(over)
+        outgoing.push([0], 5, 0, source.num_layers)  # would fit into the last page
+        with pytest.raises(kv_transfer.TransferBroken, match=r"must lie in \[0, 5\)"):
+            await outgoing.finish()
+        assert pair.receiver.release(over)
+
+
+async def test_memory_of_a_transfer_is_bounded(
+    transport: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    """Of 64 MiB queued at once, only what packing, stream and socket buffer hold is read and not placed."""
+    if transport in ONE_SIDED:
+        pytest.skip("nothing is staged")
+    stores = request.getfixturevalue("ray_stores") if transport == "ray_store" else (None, None)
+    offsets, chunk_bytes = (0, 1 << 17, 1 << 19), 1 << 19
+    num_read, most = 0, 0
+    read, place = BlockMemory.read, Receiver.chunk
+
+    def counted_read(memory, *args):
+        nonlocal num_read
+        num_read += 1
+        return read(memory, *args)
+
+    def counted_place(receiver, transfer_id, header, arrays):
+        nonlocal most
+        most = max(most, num_read - header.sequence)
+        place(receiver, transfer_id, header, arrays)
+
+    monkeypatch.setattr(BlockMemory, "read", counted_read)
+    monkeypatch.setattr(Receiver, "chunk", counted_place)
+    memories = make_memory(128, 1, offsets), make_memory(128, None, offsets)
+    async with transfer_pair(transport, stores[0], *memories, chunk_bytes, receiver_store=stores[1]) as pair:
+        transfer_id = pair.grant(range(128))
+        outgoing = pair.open(transfer_id)
+        outgoing.push(range(128), 0, 0, 2)
+        await pair.receiver.commit(transfer_id, await outgoing.finish())
+        assert num_read == 128 and most * chunk_bytes <= 20 << 20
+        assert pair.is_equal(range(128), range(128))
+
+
+async def test_extra_memory_does_not_grow_with_the_prompt(transport: str, request: pytest.FixtureRequest):
+    """192 MiB go through this process, which is sender and receiver: its peak resident size rises by a part of that."""
+    stores = (None, None)
+    if transport == "ray_store":
+        request.getfixturevalue("ray_stores")
+        from cluster.object_store import RayObjectStore
+
+        stores = RayObjectStore(), RayObjectStore()
+    offsets = tuple(range(0, (2 << 20) + 1, 1 << 18))
+    source, target = make_memory(96, 1, offsets), make_memory(96, 2, offsets)
+    async with transfer_pair(transport, stores[0], source, target, receiver_store=stores[1]) as pair:
+        transfer_id = pair.grant(range(96))
+        outgoing = pair.open(transfer_id)
+        before = reset_peak()
+        outgoing.push(range(96), 0, 0, len(offsets) - 1)
+        await pair.receiver.commit(transfer_id, await outgoing.finish())
+        extra = resident_bytes("VmHWM") - before
+        assert pair.is_equal(range(96), range(96))
+    assert extra <= 64 << 20, f"{extra >> 20} MiB for 192"
+
+
+def reset_peak() -> int:
+    """The resident size now, from which the peak (VmHWM) counts again."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes("VmRSS")
+
+
+def resident_bytes(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) << 10
