@@ -213,9 +213,11 @@ class Worker:
         seed = hashlib.sha256(self.me.SerializeToString()).digest()
         for position, block in enumerate(block_ids):
             slab[block].fill_(seed[position % len(seed)])
-        after = torch.cuda.Event() if slab.is_cuda else None
-        if after is not None:
-            after.record()
+        after = None
+        if slab.is_cuda:
+            with torch.cuda.device(slab.device):
+                after = torch.cuda.Event()
+                after.record()
         peer = await self._peers.connect(self._peers.find(target_worker_id))
         request = kv.CanaryRequest(
             source=self.me,

@@ -175,7 +175,9 @@ class _Sender:
         self.progress_s = progress_s
         # A put may wait for room in the store, and one thread copies faster than a receiver takes. What only copies
         # into a message is done at once: a thread costs more than it saves.
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="kv-put") if object_store is not None else None
+        # GPU pages are read by a thread too, which waits for each while the chunk before it is sent.
+        is_slow = object_store is not None or memory.slab.is_cuda
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="kv-put") if is_slow else None
         self._links: list[_TwoSidedLink] = []
 
     async def connect(self, address: str, endpoint: Endpoint) -> "_TwoSidedLink":

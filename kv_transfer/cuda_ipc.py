@@ -20,7 +20,7 @@ import torch
 
 from kv_transfer import cuda_driver
 from kv_transfer.base import Endpoint, Placement, ReadyEvent, TransferBroken, TransferRefused
-from kv_transfer.cuda_pages import first_of_each_shape, page_ids, side_stream, warm_up
+from kv_transfer.cuda_pages import first_of_each_shape, page_ids, warm_up
 from kv_transfer.grpc_stream import GrpcWire
 from kv_transfer.guards import NUM_SLOTS, open_guards
 from kv_transfer.memory import BlockMemory
@@ -28,6 +28,7 @@ from kv_transfer.outgoing import Rect
 from kv_transfer.placed import PlacedOutgoing, Threads
 from kv_transfer.push_kernel import Side, launch, total
 from kv_transfer.relayout import tile_ranges
+from kv_transfer.staging import side_stream
 from protos.grpc_options import CHANNEL_OPTIONS
 
 NUM_PROGRAMS = 32  # of a push: what fills NVLink and leaves the model its multiprocessors (docs/performance.md)

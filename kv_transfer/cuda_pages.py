@@ -1,6 +1,5 @@
 """Work on scattered pages in GPU memory, launched on a stream of its own beside the model's."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +8,14 @@ import torch
 from kv_transfer.memory import BlockMemory, Pages
 from kv_transfer.push_kernel import Side, launch, total
 from kv_transfer.relayout import tile_ranges
+from kv_transfer.staging import indices, settled
 
 DIGEST_PROGRAMS = 64  # about half of an H100's multiprocessors, for the fraction of a millisecond that a digest takes
 
 
-@functools.cache
-def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    """One per device and purpose. It does not wait for the default stream, and goes before it where both could run."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
 def page_ids(block_ids: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int32 on the device; the copy is part of the current stream's work."""
-    return torch.tensor(block_ids, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
+    """As the kernel reads them."""
+    return indices(block_ids, device, torch.int32)
 
 
 def first_of_each_shape(layers: Sequence[Any]) -> list[int]:
@@ -40,7 +34,7 @@ def digests(memory: BlockMemory, pages: Sequence[Pages]) -> list[int]:
     ranges = [list(tile_ranges(memory.tiles, one.layer_start, one.layer_stop)) for one in pages]
     sums = torch.empty(sum(map(len, ranges)), DIGEST_PROGRAMS, dtype=torch.int64, pin_memory=True)
     slots = iter(sums)
-    with torch.cuda.device(device), torch.cuda.stream(side_stream(device, "digest")):
+    with settled(device, "digest"):
         held = []
         for one, found in zip(pages, ranges, strict=True):
             held.append(page_ids(one.block_ids, device))
@@ -48,9 +42,6 @@ def digests(memory: BlockMemory, pages: Sequence[Pages]) -> list[int]:
             tokens = one.tokens or (one.block_start * size, (one.block_start + len(one.block_ids)) * size)
             for tiles in found:
                 launch(side, None, tokens, tiles, next(slots).data_ptr(), DIGEST_PROGRAMS)
-        event = torch.cuda.Event()  # polled, for it takes a fraction of a millisecond
-        event.record()
-        event.synchronize()
     results, at = [], 0
     for found in ranges:
         results.append(total(sums[at : at + len(found)]))

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from kv_transfer import staging
 from kv_transfer.checksum import copy_crc32c, crc32c
 from kv_transfer.relayout import Tiles, copy_rows, runs
 
@@ -29,8 +30,8 @@ class BlockMemory:
         block_id ──►  | layer 0 | layer 1 | ... | layer L-1 | (padding)
                       ^offsets[0]  ^offsets[1]              ^offsets[L]
 
-    CPU pages are read and written in place; CUDA pages are staged through host memory a chunk at a time, synchronously,
-    so whoever pushes them has waited for the kernels that wrote them.
+    CPU pages are read and written in place; CUDA pages are staged through pinned host memory a chunk at a time, on
+    streams that do not wait for the model's, so whoever pushes them has waited for the kernels that wrote them.
     """
 
     slab: torch.Tensor  # uint8 [num_blocks, block_bytes]
@@ -70,8 +71,7 @@ class BlockMemory:
         """The layers' bytes, block after block: views of the pages on CPU, one staged copy on CUDA."""
         start, stop = self.layer_offsets[layer_start], self.layer_offsets[layer_stop]
         if self.slab.is_cuda:
-            ids = torch.tensor(block_ids, device=self.slab.device)
-            return [self.slab[:, start:stop].index_select(0, ids).cpu().numpy().reshape(-1)]
+            return [staging.read(self.slab[:, start:stop], block_ids)]
         pages = self.slab.numpy()
         return [pages[block_id, start:stop] for block_id in block_ids]
 
@@ -91,12 +91,9 @@ class BlockMemory:
         start, stop = self.layer_offsets[layer_start], self.layer_offsets[layer_stop]
         width = stop - start
         if self.slab.is_cuda:
-            bytes_ = np.concatenate(arrays)
-            staged = torch.from_numpy(bytes_)
-            ids = torch.tensor(block_ids, device=self.slab.device)
-            self.slab[:, start:stop].index_copy_(0, ids, staged.to(self.slab.device).view(-1, width))
-            torch.cuda.current_stream(self.slab.device).synchronize()
-            return crc32c([bytes_])
+            staged = staging.pinned(arrays)
+            staging.write(self.slab[:, start:stop], block_ids, staged)
+            return crc32c([staged.numpy()])
         pages = self.slab.numpy()
         block, filled, checksum = 0, 0, 0  # block and byte of it where the next byte goes
         for array in arrays:
@@ -134,9 +131,9 @@ class BlockMemory:
         tiles = [entry for layer in self.tiles[layer_start:layer_stop] for entry in layer]
         target = self.slab[:, self.layer_offsets[layer_start] : self.layer_offsets[layer_stop]]
         if self.slab.is_cuda:
-            staged = torch.from_numpy(source).to(self.slab.device)
-            copy_rows(staged, block_size, target, self.block_size, tiles, rows)
-            torch.cuda.current_stream(self.slab.device).synchronize()
+            with staging.settled(self.slab.device, "write"):
+                staged = torch.from_numpy(source).to(self.slab.device)
+                copy_rows(staged, block_size, target, self.block_size, tiles, rows)
         else:
             copy_rows(source, block_size, target.numpy(), self.block_size, tiles, rows)
         return checksum

@@ -61,3 +61,12 @@ async def test_a_cancelled_request_leaves_nothing_on_the_gpu(tiny):
         await call.read()
         call.cancel()
         await s.settle(5.0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+async def test_an_engine_works_on_the_gpu_it_was_given(tiny):
+    async with service(tiny, engine={**SIZES, "device": "cuda:0"}, transport="grpc") as s:
+        expected = [(await s.generate(one)).token_ids for one in asked()[:3]]
+    placed = {"device": "cuda:1"}
+    async with service(tiny, engine={**SIZES, "device": "cuda:0"}, decode_engine=placed, transport="grpc") as s:
+        assert [(await s.generate(one)).token_ids for one in asked()[:3]] == expected
