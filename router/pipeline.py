@@ -21,7 +21,7 @@ from protos import worker_pb2 as wpb
 from router.attempt import Attempt
 from router.config import RouterConfig
 from router.errors import AttemptFailed, RequestError
-from router.policy import Need, affinity_key
+from router.policy import Need
 from router.pool import Pool
 from router.sequence import Sequence
 from router.stop import Stops, StopScanner
@@ -218,7 +218,7 @@ class Pipeline:
         committed = self.sequences[0].token_ids if len(self.sequences) == 1 else []
         token_ids = (*accepted.token_ids, *committed)
         need = Need(
-            key=affinity_key(accepted.session_id, accepted.token_ids, self._config.affinity_tokens),
+            key=self._pool.affinity.key(accepted.session_id, accepted.token_ids),
             num_tokens=len(token_ids),
             num_total_tokens=len(accepted.token_ids) + accepted.stopping.max_tokens,
             num_sequences=len(self.sequences),
@@ -280,7 +280,9 @@ class Pipeline:
 
     async def _finish(self, messages: list[pb.GenerateStreamResponse], send: Send) -> None:
         """The last messages; usage and timings ride on the last one, whose text is not held up by a late report."""
-        attempt = self.attempt
+        attempt, accepted = self.attempt, self.accepted
+        if len(self.sequences) == 1:
+            self._pool.affinity.answered(accepted.session_id, accepted.token_ids, self.sequences[0].token_ids)
         if attempt is not None and self._lacks_report(attempt):
             for message in messages:
                 await self._send(message, send)

@@ -38,13 +38,6 @@ class Need:
     first_token_only: bool  # max_tokens is reached by the first token
 
 
-def affinity_key(session_id: str, token_ids: Sequence[int], num_tokens: int) -> bytes:
-    """The session's name, else the prompt's first tokens."""
-    if session_id:
-        return b"s" + session_id.encode()
-    return b"t" + b"".join(i.to_bytes(4, "little") for i in token_ids[:num_tokens])
-
-
 def choose(
     workers: Sequence[WorkerClient],
     need: Need,

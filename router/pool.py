@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from protos import inference_pb2 as pb
 from protos import worker_pb2 as wpb
+from router.affinity import Affinity
 from router.config import RouterConfig
 from router.errors import RequestError
 from router.policy import Need, Route, choose
@@ -16,6 +17,7 @@ class Pool:
 
     def __init__(self, config: RouterConfig, on_change: Callable[[], None]):
         self.workers: dict[str, WorkerClient] = {}
+        self.affinity = Affinity(config.affinity_tokens)
         self._config = config
         self._on_change = on_change
         self._coming: set[int] = set()  # roles of members without an address: dead workers about to be replaced

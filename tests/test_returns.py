@@ -267,3 +267,14 @@ async def test_an_offer_whose_writer_vanished_expires(tiny, monkeypatch):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.Commit(a_commit(granted.transfer_id), timeout=5.0)
         assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_next_turn_finds_the_worker_that_got_the_return(tiny):
+    """Chats that begin with fewer tokens than their routing goes by, over three prefill workers."""
+    prompt_reports = {"load_interval_s": 0.01}  # a worker that seems busy is passed over
+    async with service(tiny, prefill=3, decode=2, engine=DUMMY, router=prompt_reports, kv_return=True) as s:
+        for number in range(12):
+            first, second, _ = await chat(s, list(range(100 * number, 100 * number + 9)), [5], 40)
+            assert first.timings.prefill_worker == second.timings.prefill_worker
+            assert first.timings.decode_worker == second.timings.decode_worker
+            assert second.timings.returned_tokens == second.prompt_info.num_cached_tokens == 48

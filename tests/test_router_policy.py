@@ -8,9 +8,10 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos import worker_pb2 as wpb
+from router.affinity import Affinity, affinity_key
 from router.config import RouterConfig
 from router.errors import RequestError
-from router.policy import Need, Route, affinity_key, choose
+from router.policy import Need, Route, choose
 from router.worker_client import Connection, WorkerClient
 
 CONFIG = RouterConfig("m", prefill_slack_tokens=1000, decode_slack_sequences=2)
@@ -168,3 +169,29 @@ async def test_layouts_must_match(make: Make) -> None:
     with pytest.raises(RequestError, match="no prefill worker can hand its KV") as caught:
         choose([old, d0], need(), CONFIG, NOBODY)
     assert caught.value.reason == pb.ERROR_REASON_INCOMPATIBLE_WORKERS
+
+
+def test_a_conversation_keeps_its_name_however_short_it_began() -> None:
+    affinity = Affinity(8)
+    first, answer = [1, 2, 3], [10, 11, 12, 13, 14, 15]
+    name = affinity.key("", first)
+    affinity.answered("", first, answer)
+    second = [*first, *answer, 4]
+    assert affinity.key("", second) == name == affinity.key("", [*second, 5, 6, 7])
+    assert affinity.key("", [*first, 10, 11, 99, 13, 14]) != name  # another answer
+    assert affinity.key("mine", second) == affinity_key("mine", (), 8)
+    affinity.answered("", [1], [2])  # no name yet: prompts that begin so have nothing in common
+    assert affinity.key("", [1, 2, 9, 9, 9, 9, 9, 9]) == affinity_key("", [1, 2, 9, 9, 9, 9, 9, 9], 8)
+    affinity.answered("", list(range(20)), answer)
+    assert affinity.key("", list(range(30))) == affinity_key("", list(range(8)), 8)
+
+
+def test_few_conversations_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.affinity.MAX_REMEMBERED", 2)
+    affinity = Affinity(4)
+    for i in (1, 2):
+        affinity.answered("", [i], [0, 0, 0])
+    assert affinity.key("", [1, 0, 0, 0]) == affinity_key("", [1], 4)
+    affinity.answered("", [3], [0, 0, 0])
+    kept = [affinity.key("", [i, 0, 0, 0]) == affinity_key("", [i], 4) for i in (1, 2, 3)]
+    assert kept == [True, False, True], "the least recently asked for goes"
