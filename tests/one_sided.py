@@ -56,27 +56,37 @@ class CpuWrite:
 
 
 class CpuSender:
-    """A `Sender` and its only `Link`."""
-
-    transport = "placed"
-
     def __init__(self, writer: CpuWriter, source: tuple[str, str], progress_s: float) -> None:
         writer.gate.set()
-        self._writer, self._source, self._progress_s = writer, source, progress_s
-        self._threads = Threads("test")
-        self._open: set[PlacedOutgoing] = set()
+        self.writer, self.source, self.progress_s = writer, source, progress_s
+        self.threads = Threads("test")
+        self._links: list[CpuLink] = []
 
-    async def connect(self, address: str, endpoint: Endpoint) -> "CpuSender":
-        self._channel = grpc.aio.insecure_channel(address)
-        return self
+    async def connect(self, address: str, endpoint: Endpoint) -> "CpuLink":
+        self._links.append(CpuLink(self, grpc.aio.insecure_channel(address)))
+        return self._links[-1]
+
+    async def close(self) -> None:
+        for link in self._links:
+            await link.close()
+        self.threads.close()
+
+
+class CpuLink:
+    transport = "placed"
+
+    def __init__(self, sender: CpuSender, channel: grpc.aio.Channel) -> None:
+        self._sender, self._channel = sender, channel
+        self._open: set[PlacedOutgoing] = set()
 
     def open(
         self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
     ) -> PlacedOutgoing:
         assert placement is not None
-        wire = GrpcWire(self._channel, transfer_id, self._source)
-        memory, threads = self._writer.source, self._threads
-        outgoing = PlacedOutgoing(memory, self._writer, wire, transfer_id, placement, threads, self._progress_s)
+        sender = self._sender
+        wire = GrpcWire(self._channel, transfer_id, sender.source)
+        memory, writer, threads = sender.writer.source, sender.writer, sender.threads
+        outgoing = PlacedOutgoing(memory, writer, wire, transfer_id, placement, threads, sender.progress_s)
         self._open.add(outgoing)
         outgoing.add_closed_callback(self._open.discard)
         return outgoing
@@ -86,4 +96,3 @@ class CpuSender:
             outgoing.abort("the link closes")
             await outgoing.wait_closed()
         await self._channel.close(None)
-        self._threads.close()

@@ -142,8 +142,9 @@ async def test_closed_means_that_nothing_is_in_flight():
         assert not closed.done()
         pair.writer.gate.set()
         await closed
+        num_writes = pair.writer.num_writes  # one, if the second had not been launched
         outgoing.push([7], 0, 0, NUM_LAYERS)
-        assert pair.writer.num_writes == 2
+        assert pair.writer.num_writes == num_writes <= 2
         assert pair.receiver.release(transfer_id)
 
 

@@ -79,6 +79,30 @@ async def test_a_flipped_byte_is_never_committed(pair: Pair, place: str):
     assert num_flips == 1 and pair.receiver.release(transfer_id)
 
 
+@pytest.mark.parametrize("at", [28, 32, 36, HEADER_BYTES - 1], ids=["block", "count", "bytes", "checksum"])
+async def test_a_damaged_announcement_is_never_committed(at: int):
+    """What a one-sided writer says of its chunks crosses the wire, too."""
+    async with transfer_pair("placed") as pair:
+        transfer_id = pair.grant([1, 2])
+        mark, num_flips = b"KV\x02\x05" + transfer_id, 0
+
+        def tamper(data: bytes) -> bytes:
+            nonlocal num_flips
+            start = data.find(mark)
+            if start < 0 or num_flips:
+                return data
+            num_flips += 1
+            return data[: start + at] + bytes([data[start + at] ^ 1]) + data[start + at + 1 :]
+
+        async with proxy(pair.address, tamper) as address:
+            outgoing = (await pair.connect(address)).open(transfer_id, None, pair.receiver.placement(transfer_id))
+            outgoing.push([3, 4], 0, 0, NUM_LAYERS)
+            with pytest.raises((kv_transfer.TransferCorrupt, kv_transfer.TransferBroken)):
+                await pair.receiver.commit(transfer_id, await outgoing.finish())
+        assert num_flips == 1
+        await pair.give_up(outgoing, transfer_id)
+
+
 async def test_a_byte_that_changed_in_the_store_is_never_committed():
     class Damaging(DictStore):
         def get(self, token: bytes, num_bytes: int, timeout_s: float) -> tuple[np.ndarray, bool]:
