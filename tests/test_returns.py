@@ -41,26 +41,33 @@ async def chat(
 async def test_the_next_turn_computes_only_the_new_message(smollm2):
     rows = [load()[i] for i in (0, 4, 10)]
     message = load()[1]["prompt"][-12:]
-    answers: dict[bool, list[list[int]]] = {False: [], True: []}
-    for kv_return in answers:
+    tokens: dict[bool, list[list[int]]] = {}
+    for kv_return in (False, True):
         async with service(smollm2, kv_return=kv_return) as s:
-            for row in rows:
-                before = s.worker("prefill").status()
-                first, second, prompt = await chat(s, row["prompt"], message)
-                answers[kv_return] += [*first.token_ids, *second.token_ids]
-                after = s.worker("prefill").status()
+
+            async def turns(prompts: list[list[int]], s: Service = s) -> list[Answer]:
+                answers = await asyncio.gather(*(s.generate(request(p, 24, ignore_eos=True)) for p in prompts))
+                await s.settle()
+                return answers
+
+            firsts = await turns([row["prompt"] for row in rows])
+            prompts = [[*row["prompt"], *a.token_ids[0], *message] for row, a in zip(rows, firsts, strict=True)]
+            before = s.worker("prefill").status()
+            seconds = await turns(prompts)
+            after = s.worker("prefill").status()
+            for row, second in zip(rows, seconds, strict=True):
                 own = len(row["prompt"]) // BLOCK * BLOCK
                 held = (len(row["prompt"]) + 23) // BLOCK * BLOCK  # the answer's last token was never fed back
                 assert held > own and second.prompt_info.num_cached_tokens == (held if kv_return else own)
                 assert second.timings.returned_tokens == (held - own if kv_return else 0)
-                cached = first.prompt_info.num_cached_tokens + second.prompt_info.num_cached_tokens
-                computed = after["prompt_tokens_computed"] - before["prompt_tokens_computed"]
-                assert computed == len(row["prompt"]) + len(prompt) - cached
+            computed = after["prompt_tokens_computed"] - before["prompt_tokens_computed"]
+            assert computed == sum(map(len, prompts)) - sum(a.prompt_info.num_cached_tokens for a in seconds)
             num_bytes, num_blocks, refused, dropped = await counters(s)
             assert refused == dropped == 0 and (num_blocks > 0) == kv_return
             assert num_bytes == num_blocks * s.worker("prefill").engine.layout.block_bytes
             assert num_bytes == s.worker("prefill").status()["kv_bytes_received"]
-    assert answers[True] == answers[False]
+            tokens[kv_return] = [answer.token_ids[0] for answer in (*firsts, *seconds)]
+    assert tokens[True] == tokens[False]
 
 
 @pytest.mark.parametrize(("prefill", "decode"), [(32, 16), (16, 32), (64, 16)])
@@ -271,8 +278,8 @@ async def test_an_offer_whose_writer_vanished_expires(tiny, monkeypatch):
 
 async def test_the_next_turn_finds_the_worker_that_got_the_return(tiny):
     """Chats that begin with fewer tokens than their routing goes by, over three prefill workers."""
-    prompt_reports = {"load_interval_s": 0.01}  # a worker that seems busy is passed over
-    async with service(tiny, prefill=3, decode=2, engine=DUMMY, router=prompt_reports, kv_return=True) as s:
+    fresh = {"load_interval_s": 0.01}  # a worker that seems busy is passed over
+    async with service(tiny, prefill=3, decode=2, engine=DUMMY, router=fresh, kv_return=True) as s:
         for number in range(12):
             first, second, _ = await chat(s, list(range(100 * number, 100 * number + 9)), [5], 40)
             assert first.timings.prefill_worker == second.timings.prefill_worker
