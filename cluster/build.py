@@ -29,6 +29,7 @@ def worker(spec: WorkerSpec, host: str, say: Callable[[str], None]) -> Any:
         host=host,
         object_store=object_store,
         kv_return=spec.kv_return,
+        measure_links=True,
     )
 
 

@@ -48,6 +48,7 @@ _ROLES = {
     "both": worker_pb2.WORKER_ROLE_BOTH,
 }
 _HEALTH_PERIOD_S = 0.5
+MEASURED_BYTES = 64 << 20  # of the test transfer that measures a link
 _CANARY_S = 10.0  # a canary goes after every request: on a busy worker it may find no pages
 # A step may take long (a big prefill on a CPU), a thread that died is noticed at once: its heartbeat is infinitely old.
 _STALLED_AFTER_S = 120.0
@@ -66,8 +67,10 @@ class Worker:
         host: str = "127.0.0.1",
         object_store: "kv_transfer.ObjectStore | None" = None,
         kv_return: bool = False,
+        measure_links: bool = False,
     ):
-        """`kv_return`: what finished runs leave goes back to the prefill worker's prefix cache."""
+        """`kv_return`: what finished runs leave goes back to the prefill worker's prefix cache. `measure_links`: once a
+        peer has been met, and while nothing is to do, a test transfer tells the link's GB/s."""
         self.me = kv.WorkerRef(worker_id=worker_id, incarnation=uuid.uuid4().hex[:16])
         self.role = role
         self.state = worker_pb2.WORKER_STATE_STARTING
@@ -79,6 +82,8 @@ class Worker:
         self._host = host
         self._object_store = object_store
         self._kv_return = kv_return
+        self._measures_links = measure_links
+        self._measuring: asyncio.Task | None = None
 
     async def start(self) -> worker_pb2.Member:
         """Loads the model and serves. Raises what loading raises, with nothing left running."""
@@ -152,6 +157,9 @@ class Worker:
         if self.engine is None:
             return
         self._housekeeping.cancel()
+        if self._measuring is not None:
+            self._measuring.cancel()
+            await asyncio.gather(self._measuring, return_exceptions=True)
         await self._set_state(worker_pb2.WORKER_STATE_STOPPED)
         await self._server.stop(grace=0.2)
         await self._prefill.close()
@@ -238,12 +246,11 @@ class Worker:
                 digest=manifest.digest,
             )
             await peer.stub.Commit(commit, timeout=30.0)
+            seconds = time.perf_counter() - started
         finally:
             outgoing.abort("canary over")
             await outgoing.wait_closed()
-            release = kv.ReleaseRequest(transfer_id=granted.transfer_id, reason="canary over", fenced=True)
-            await peer.stub.Release(release, timeout=_CANARY_S)
-        seconds = time.perf_counter() - started
+            await peer.release(granted.transfer_id, "canary over")
         peer.gb_per_s = manifest.num_bytes / seconds / 1e9
         sent = {"bytes": manifest.num_bytes, "seconds": seconds, "transport": peer.link.transport, "why": peer.why}
         return {"ok": True, "error": "", **sent}
@@ -264,6 +271,7 @@ class Worker:
             try:
                 self._decoder.expire(self._kv.expire)
                 self._decoder.fence_gone(lambda source, process: locality.is_gone(process))
+                self._measure_a_link()
                 alive = self.engine.heartbeat_age_s() < _STALLED_AFTER_S
                 if self.state in (worker_pb2.WORKER_STATE_READY, worker_pb2.WORKER_STATE_DRAINING) and not alive:
                     await self._set_state(worker_pb2.WORKER_STATE_UNHEALTHY)
@@ -273,6 +281,19 @@ class Worker:
                     )
             except Exception:
                 _log.exception("housekeeping of worker %s", self.me.worker_id)
+
+    def _measure_a_link(self) -> None:
+        """Starts the test transfer to one peer that has had none; only now that no request is here."""
+        assert self.engine is not None
+        is_busy = self._measuring is not None and not self._measuring.done()
+        if not self._measures_links or is_busy or self.engine.stats().num_requests or self._prefill.draining:
+            return
+        for peer in self._peers.met():
+            if not peer.was_tried:
+                peer.was_tried = True
+                num_blocks = max(1, min(MEASURED_BYTES, self.engine.slab.nbytes // 8) // self.engine.slab.shape[1])
+                self._measuring = asyncio.create_task(self.canary(peer.ref.worker_id, num_blocks))
+                return
 
     def _say(self, line: str) -> None:
         self.progress = line

@@ -235,7 +235,9 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             raise
         source = (request.source.worker_id, request.source.incarnation)
         sent = (request.block_size, len(probe.token_ids))
-        transfer_id = self._decoder.receiver.grant(owner, source, reservation.block_ids, 0, LEASE_S, writer, sent)
+        transfer_id = self._decoder.receiver.grant(
+            owner, source, reservation.block_ids, 0, LEASE_S, writer, sent, is_test=True
+        )
         self._canaries[transfer_id] = owner
         placement = placement_to_pb(self._decoder.receiver.placement(transfer_id))
         return kv.CanaryResponse(transfer_id=transfer_id, num_blocks=request.num_blocks, placement=placement)

@@ -13,6 +13,7 @@ import grpc
 
 from kv_transfer import locality
 from kv_transfer.base import PROTOCOL_VERSION, Endpoint, Link, TransferRefused
+from kv_transfer.choose import ONE_SIDED
 from kv_transfer.create import Transports
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
@@ -50,6 +51,9 @@ class Peer:
         self._channel = channel
         self._leases: dict[bytes, Callable[[], None]] = {}
         self._renewing: asyncio.Task | None = None
+        self._unheard: dict[bytes, kv.ReleaseRequest] = {}  # fences of one-sided transfers, not answered yet
+        self._repeating: asyncio.Task | None = None
+        self.was_tried = False  # by a test transfer, to measure the link
         self._is_closed = False
 
     @property
@@ -70,7 +74,7 @@ class Peer:
 
     async def release(self, transfer_id: bytes, reason: str) -> None:
         """Gives a ticket up, as far as the peer can be told. The transfer must be closed: no write is in flight any
-        more, and the receiver of a one-sided one waits to hear that."""
+        more, and the receiver of a one-sided one waits to hear that: told again until it has heard."""
         self.drop(transfer_id)
         request = kv.ReleaseRequest(transfer_id=transfer_id, reason=reason, fenced=True)
         for _ in range(RELEASE_TRIES):
@@ -84,6 +88,19 @@ class Peer:
             except asyncio.CancelledError:
                 if not self._is_closed:
                     raise
+        if self.link.transport in ONE_SIDED:
+            self._unheard[transfer_id] = request
+            if self._repeating is None or self._repeating.done():
+                self._repeating = asyncio.create_task(self._repeat())
+
+    async def _repeat(self) -> None:
+        """Until the receiver has heard every fence: its pages stay in quarantine as long."""
+        while self._unheard:
+            await asyncio.sleep(RELEASE_TIMEOUT_S)
+            for transfer_id, request in list(self._unheard.items()):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await self._stub.Release(request, timeout=RELEASE_TIMEOUT_S)
+                    del self._unheard[transfer_id]
 
     async def _renew(self, source: kv.WorkerRef, period_s: float) -> None:
         """Runs while leases are held. A peer that cannot be reached lets them expire; the push notices its death."""
@@ -103,6 +120,8 @@ class Peer:
         self._is_closed = True
         if self._renewing is not None:
             self._renewing.cancel()
+        if self._repeating is not None:
+            self._repeating.cancel()
         await self.link.close()
         await self._channel.close(None)
 

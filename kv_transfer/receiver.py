@@ -70,7 +70,7 @@ class Receiver:
 
     @property
     def bytes_received(self) -> int:
-        """Bytes placed since the start, those of failed transfers included."""
+        """Bytes placed since the start, those of failed transfers included, those of test transfers not."""
         return self._bytes_received
 
     @property
@@ -93,6 +93,7 @@ class Receiver:
         lease_s: float,
         writer: str | None = None,
         sent: tuple[int, int] | None = None,
+        is_test: bool = False,
     ) -> bytes:
         """A ticket for `source` (worker id, incarnation) to fill `block_ids[first_block:]`, for `lease_s` from now.
 
@@ -102,6 +103,7 @@ class Receiver:
 
         `sent`: block size of the source and number of tokens it has in all, where its blocks are not of our size. It
         sends the blocks of its own that hold the tokens from `first_block` on, which must begin with one.
+        `is_test`: what comes is not counted.
         """
         assert 0 <= first_block <= len(block_ids) == len(set(block_ids)), (first_block, block_ids)
         assert all(0 <= block_id < self.memory.num_blocks for block_id in block_ids), block_ids
@@ -125,6 +127,7 @@ class Receiver:
             covered=np.zeros((len(coming), self.memory.num_layers), np.bool_),
             placement=placement,
             writer=writer or "",
+            is_test=is_test,
         )
         with self._lock:
             self._tickets[transfer_id] = ticket
@@ -328,7 +331,7 @@ class Receiver:
         if ticket.manifest is not None and ticket.received.num_chunks >= ticket.manifest.num_chunks:
             ticket.wake()
         with self._lock:
-            self._bytes_received += header.num_bytes
+            self._bytes_received += 0 if ticket.is_test else header.num_bytes
 
     def _require_lease(self, ticket: Ticket) -> None:
         if ticket.state in LIVE and self._clock() >= ticket.expires_s:

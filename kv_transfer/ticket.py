@@ -60,6 +60,7 @@ class Ticket:
     covered: np.ndarray  # bool [len(sent), num_layers]
     placement: Placement | None  # set: one-sided
     writer: str  # its process
+    is_test: bool  # its bytes are nobody's KV
     num_covered: int = 0
     state: State = State.GRANTED
     received: ManifestBuilder = field(default_factory=ManifestBuilder)

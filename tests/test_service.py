@@ -257,6 +257,22 @@ async def test_canary_checks_a_pair_end_to_end(tiny):
         assert not missing["ok"] and "nobody" in missing["error"]
 
 
+async def test_an_idle_worker_measures_its_links_once(tiny):
+    async with service(tiny, engine=DUMMY) as s:
+        prefill, decode = s.worker("prefill"), s.worker("decode")
+        prefill._measures_links = True
+        answer = await s.generate(request(list(range(40)), 4, ignore_eos=True))
+        async with asyncio.timeout(10):
+            while not any(link["gb_per_s"] for link in prefill.status()["links"]):
+                await asyncio.sleep(0.05)
+        (link,) = prefill.status()["links"]
+        assert (link["worker_id"], link["transport"]) == ("decode-1", "grpc")
+        measured = link["gb_per_s"]
+        await asyncio.sleep(1.2)
+        assert prefill.status()["links"][0]["gb_per_s"] == measured
+        assert decode.status()["kv_bytes_received"] == answer.timings.kv_transfer_bytes
+
+
 async def test_a_full_decode_worker_does_not_hold_up_another(tiny):
     """The scheduler's budget for prompts that wait for pages is counted for each receiver apart."""
     small = {"num_blocks": 10, "max_model_len": 160}

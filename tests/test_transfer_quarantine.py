@@ -1,13 +1,19 @@
 """Pages of a one-sided transfer that was given up stay out of use until its writer has stopped or ended."""
 
+import asyncio
+
+import grpc.aio
 import numpy as np
 import pytest
 
 import kv_transfer
-from kv_transfer.base import ChunkHeader, ManifestBuilder
+from kv_transfer import peers
+from kv_transfer.base import ChunkHeader, Endpoint, ManifestBuilder
+from kv_transfer.create import create_sender
 from kv_transfer.guards import NUM_SLOTS, Guards, open_guards
 from kv_transfer.memory import Pages
 from kv_transfer.receiver import Receiver
+from protos import kv_transfer_pb2 as kv
 from tests.scheduling import Simulator, make_request
 from tests.transfer import NUM_LAYERS, SOURCE, make_memory
 
@@ -133,3 +139,31 @@ def test_the_engine_keeps_quarantined_blocks_from_everybody():
     sim.step()
     assert set(sim.granted) == {"first", "second"}
     assert sim.scheduler.stats().quarantined_blocks == 0
+
+
+class Deaf:
+    """A receiver that does not answer the first Release calls."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.heard = times, asyncio.Event()
+
+    async def Release(self, request: kv.ReleaseRequest, timeout: float, **options) -> kv.ReleaseResponse:
+        self.times -= 1
+        if self.times >= 0:
+            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata())
+        assert request.fenced and request.transfer_id == b"ticket"
+        self.heard.set()
+        return kv.ReleaseResponse(found=True)
+
+
+async def test_a_writer_repeats_its_fence_until_it_is_heard(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "RELEASE_TIMEOUT_S", 0.01)
+    channel = grpc.aio.insecure_channel("127.0.0.1:9")
+    link = await create_sender("grpc", make_memory(4), SOURCE).connect("127.0.0.1:9", Endpoint("grpc"))
+    monkeypatch.setattr(type(link), "transport", "cuda_ipc")
+    peer = peers.Peer(kv.WorkerRef(worker_id="decode-0"), channel, link, "", 16)
+    peer._stub = stub = Deaf(peers.RELEASE_TRIES + 3)  # type: ignore[assignment]
+    await peer.release(b"ticket", "given up")
+    assert not stub.heard.is_set()
+    await asyncio.wait_for(stub.heard.wait(), 5)
+    await peer.close()
