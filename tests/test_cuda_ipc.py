@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ import kv_transfer
 from benchmarks.cuda_peer import SOURCE, Peer, make_memory
 from kv_transfer.base import BlockMemory, Endpoint, Link, Placement, TransferBroken
 from kv_transfer.create import create_sender
+from kv_transfer.outgoing import Rect
 
 SHAPE = (64, 64, 8, 4, 128)  # block size, blocks, layers, heads, dim
 LAYERS = SHAPE[2]
@@ -132,11 +134,15 @@ class TestOnGpu:
                 await outgoing.finish()
             await outgoing.wait_closed()
             await peer.process.wait()
-            # The mapping outlives its owner, so a late push writes into memory that nobody has any more.
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                torch.ones(8, device="cuda:0").sum().item()
-            print(f"after the receiver's death: {broken.value}; the sender's GPU works")
+            assert torch.ones(8, device="cuda:0").sum().item() == 8
+
+    async def test_writes_after_the_receivers_death_harm_nobody(self):
+        """In a process of its own: an illegal access would end every later test here."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.test_cuda_ipc"), stdout=asyncio.subprocess.PIPE
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), 120)
+        assert output.split()[-1:] == [b"unharmed"], output
 
     async def test_connecting_to_a_receiver_that_is_gone_says_so(self):
         async with pushing() as (source, peer, _):
@@ -148,3 +154,27 @@ class TestOnGpu:
                 await sender.connect(peer.address, Endpoint("cuda_ipc", "", endpoint.data))
             assert time.monotonic() - started < 5
             await sender.close()
+
+
+async def write_to_the_dead() -> None:
+    async with pushing() as (source, peer, link):
+        pool = link._pool  # type: ignore[attr-defined]
+        transfer_id, placement = await peer.grant(range(64), "cuda_ipc")
+        outgoing = link.open(transfer_id, placement=placement)
+        peer.process.kill()
+        await peer.process.wait()
+        pages = [torch.arange(64, dtype=torch.int32, device="cuda:0") for _ in range(2)]
+        for _ in range(20):  # past the guard, which died with its owner only as far as its name goes
+            with torch.cuda.stream(pool.stream):
+                pool.push(
+                    Rect(tuple(range(64)), 0, 0, LAYERS, None), (0, 64 * 64), (pages[0], pages[1]), placement
+                ).wait()
+            await asyncio.sleep(0.1)
+        assert source.slab.sum().item() and torch.ones(8, device="cuda:0").sum().item() == 8
+        outgoing.abort("over")
+        await outgoing.wait_closed()
+    print("unharmed")
+
+
+if __name__ == "__main__":
+    asyncio.run(write_to_the_dead())
