@@ -130,7 +130,7 @@ class TestOnGpu:
             peer.process.kill()
             for layer in range(LAYERS):
                 outgoing.push(range(64), 0, layer, layer + 1)
-            with pytest.raises(kv_transfer.TransferBroken) as broken:
+            with pytest.raises(kv_transfer.TransferBroken):
                 await outgoing.finish()
             await outgoing.wait_closed()
             await peer.process.wait()
