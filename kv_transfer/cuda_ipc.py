@@ -18,7 +18,7 @@ import grpc.aio
 import numpy as np
 import torch
 
-from kv_transfer import cuda_driver
+from kv_transfer import cuda_driver, locality
 from kv_transfer.base import Endpoint, Placement, ReadyEvent, TransferBroken, TransferRefused
 from kv_transfer.cuda_pages import first_of_each_shape, page_ids, warm_up
 from kv_transfer.grpc_stream import GrpcWire
@@ -47,6 +47,7 @@ class PoolHandle:
     block_size: int  # tokens
     device: str  # UUID of the GPU
     guards: str  # path of the guard table
+    process: str  # that holds the pool (kv_transfer/locality.py)
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()
@@ -87,7 +88,9 @@ def export(memory: BlockMemory, guards: str) -> bytes:
     handle, offset = cuda_driver.export(memory.slab.data_ptr(), device)
     num_blocks, block_bytes = memory.slab.shape
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    return PoolHandle(handle.hex(), offset, num_blocks, block_bytes, memory.block_size, uuid, guards).encode()
+    return PoolHandle(
+        handle.hex(), offset, num_blocks, block_bytes, memory.block_size, uuid, guards, locality.process()
+    ).encode()
 
 
 class CudaIpcSender:
@@ -244,6 +247,8 @@ class _Writer:
             raise TransferBroken(f"token {last - 1} is pushed: {len(placement.page_ids)} blocks were granted")
         if not pool.is_live(placement):
             raise TransferRefused("the receiver has revoked the ticket")
+        if locality.is_gone(pool.handle.process):  # its guards stay as they were
+            raise TransferBroken("the receiver's process has ended")
         with torch.cuda.stream(pool.stream):
             key = (rect.block_start, rect.block_ids)
             if key not in self._pages:  # the layers of one stretch of blocks come one after the other
