@@ -3,8 +3,9 @@
     python -m benchmarks.idle [--seconds 30]
 
 Starts 1 prefill + 1 decode worker of the demo model on a local Ray cluster, lets it settle, then sums the CPU time of
-all our processes (controller, router, workers) over the given time. Target: under 2% of one core. Ray's own daemons are
-listed beside it. Memory: after prompts that fill both block pools, the resident size of each worker less what torch and
+all our processes (controller, router, workers) over the given time. Target: under 2% of one core. Beside it an actor
+that does nothing, which is the floor of each of our four, since Ray wakes it a hundred times a second; and Ray's own
+daemons. Memory: after prompts that fill both block pools, the resident size of each worker less what torch and
 transformers take before anything is loaded (measured in a process of its own), the weights and the pool; and how much
 three times as many prompts add to it. One JSON line last.
 """
@@ -12,6 +13,7 @@ three times as many prompts add to it. One JSON line last.
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -59,19 +61,25 @@ def main() -> None:
 def measure(status: dict, seconds: float, num_blocks: int, imports_mib: float) -> dict:
     ours = {part["id"]: psutil.Process(part["pid"]) for part in parts(status)}
     ours["controller"] = psutil.Process(status["controller"]["pid"])
-    pids = {process.pid for process in ours.values()}
+    nobody = ray.remote(Nobody).remote()
+    bare = psutil.Process(ray.get(nobody.pid.remote()))
+    pids = {process.pid for process in (*ours.values(), bare)}
     raylet = ours["controller"].parent()
     daemons = [p for p in (*raylet.parent().children(recursive=True),) if p.pid not in pids] if raylet else []
     time.sleep(5.0)
     before, ray_before, started = {name: cpu_s(p) for name, p in ours.items()}, sum(map(cpu_s, daemons)), time.time()
+    bare_before = cpu_s(bare)
     time.sleep(seconds)
     elapsed = time.time() - started
     percent = {name: 100 * (cpu_s(p) - before[name]) / elapsed for name, p in ours.items()}
     ray_percent = 100 * (sum(map(cpu_s, daemons)) - ray_before) / elapsed
+    bare_percent = 100 * (cpu_s(bare) - bare_before) / elapsed
+    ray.kill(nobody)
     for name, value in percent.items():
         print(f"{name:<12} {value:6.2f}% of a core")
     total = sum(percent.values())
-    print(f"{'ours':<12} {total:6.2f}%   target 2%   ratio {total / 2:.2f}")
+    floor = bare_percent * len(ours)
+    print(f"{'ours':<12} {total:6.2f}%   target 2%   floor {floor:.2f}% ({len(ours)} actors that do nothing)")
     print(f"{'Ray daemons':<12} {ray_percent:6.2f}%")
 
     pool_mib, weights_mib = num_blocks * 737_280 / MIB, 513.0  # fp32 SmolLM2: 46,080 bytes a token, 134.5M parameters
@@ -88,10 +96,18 @@ def measure(status: dict, seconds: float, num_blocks: int, imports_mib: float) -
     return {
         "cpu_percent": percent,
         "total_cpu_percent": total,
+        "bare_actor_cpu_percent": bare_percent,
         "ray_cpu_percent": ray_percent,
         "rest_mib": rest,
         "growth_mib": growth,
     }
+
+
+class Nobody:
+    """An actor with an event loop, as ours have."""
+
+    async def pid(self) -> int:
+        return os.getpid()
 
 
 async def fill(target: str, count: int, seed: int) -> None:

@@ -47,7 +47,7 @@ _ROLES = {
     "decode": worker_pb2.WORKER_ROLE_DECODE,
     "both": worker_pb2.WORKER_ROLE_BOTH,
 }
-_HEALTH_PERIOD_S = 0.5
+_HEALTH_PERIOD_S = 1.0
 MEASURED_BYTES = 64 << 20  # of the test transfer that measures a link
 _CANARY_S = 10.0  # a canary goes after every request: on a busy worker it may find no pages
 # A step may take long (a big prefill on a CPU), a thread that died is noticed at once: its heartbeat is infinitely old.
@@ -168,6 +168,11 @@ class Worker:
         await self._transports.close()
         await asyncio.to_thread(self.engine.stop)
 
+    @property
+    def is_fit(self) -> bool:
+        """False: its engine gives no sign of life."""
+        return self.state != worker_pb2.WORKER_STATE_UNHEALTHY
+
     def status(self) -> dict:
         """What `pdserve status` shows of this worker, for JSON."""
         load = self._service.load() if self.engine is not None and self.address else worker_pb2.WorkerLoad()
@@ -264,7 +269,7 @@ class Worker:
         self._service.changed()
 
     async def _keep_house(self) -> None:
-        """Leases run out and engines die without an event to say so: both are looked at twice a second."""
+        """Leases run out and engines die without an event to say so: both are looked at every second."""
         assert self.engine is not None
         while True:
             await asyncio.sleep(_HEALTH_PERIOD_S)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cluster.worker import Worker
 
 _MIN_INTERVAL_S = 0.01
-_SILENCE_S = 1.0
+_SILENCE_S = 2.0
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):

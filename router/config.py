@@ -45,7 +45,7 @@ class RouterConfig:
     )
     progress_s: float = 30.0  # longest silence of an attempt while its workers' engines do not step, or hand KV over
     max_silence_s: float = 600.0  # longest silence at all: a run may be queued or preempted while others go on
-    worker_silence_s: float = 5.0  # a worker sends its load at least every second
+    worker_silence_s: float = 5.0  # a worker sends its load at least every two seconds
     load_interval_s: float = 0.1  # how often a busy worker may send it
     max_run_s: float = 3600.0  # deadline of requests that bring none, and the longest one may bring
     max_buffered_tokens: int = 8192  # tokens a client may lag behind before its request is ended

@@ -61,8 +61,12 @@ class FakeWorker:
     async def stop(self) -> None:
         self.state = "stopped"
 
+    @property
+    def is_fit(self) -> bool:
+        return not os.path.exists(f"/tmp/pdserve-fake-unhealthy-{os.getpid()}")
+
     def status(self) -> dict[str, Any]:
-        if os.path.exists(f"/tmp/pdserve-fake-unhealthy-{os.getpid()}"):
+        if not self.is_fit:
             self.state = "unhealthy"
         return {"state": self.state, "members": self._members, "engine": self._spec.engine, "num_running": 0}
 
