@@ -9,7 +9,7 @@ import grpc.aio
 
 from kv_transfer import local, locality
 from kv_transfer.base import Endpoint, Link, ObjectStore, Placement, Sender, TransferError, TransferRefused
-from kv_transfer.choose import candidates, wanted
+from kv_transfer.choose import AUTO, candidates, wanted
 from kv_transfer.grpc_stream import GrpcWire, push_handler
 from kv_transfer.heap import keep_freed_pages
 from kv_transfer.memory import BlockMemory
@@ -59,6 +59,8 @@ class Transports:
         self._senders: dict[str, Sender] = {}
         self._undo: list[Callable[[], None]] = []
         self.missing = {name: why for name in wanted(setting) if (why := _missing(name, receiver.memory, object_store))}
+        if setting == AUTO and not receiver.memory.slab.is_cuda:
+            self.missing.setdefault("nixl", "asked for by name where pools are in CPU memory: an idle agent costs CPU")
         self._agent: object = None  # of NIXL: who was told of it can write for as long as it is held
         if "nixl" in wanted(setting) and "nixl" not in self.missing:
             from kv_transfer import nixl

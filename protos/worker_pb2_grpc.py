@@ -61,7 +61,7 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """A first message at once, then one whenever something changed, at most every `interval`, and at least every second.
+        """A first message at once, then one whenever something changed, at most every `interval`, and at least every two seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

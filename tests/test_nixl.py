@@ -30,14 +30,21 @@ def test_asked_for_and_not_installed(monkeypatch: pytest.MonkeyPatch):
 
 
 @needs_nixl
-def test_an_agent_that_cannot_start_leaves_the_others(monkeypatch: pytest.MonkeyPatch):
+def test_an_agent_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch):
     def fails(memory) -> None:
         raise RuntimeError("no such backend")
 
     monkeypatch.setattr(nixl, "Agent", fails)
     receiver = Receiver(make_memory(4), kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
+    with pytest.raises(ValueError, match="NIXL cannot serve the pool: no such backend"):
+        kv_transfer.Transports("nixl", receiver, SOURCE)
+
+
+@needs_nixl
+def test_auto_starts_no_agent_for_a_pool_in_cpu_memory():
+    receiver = Receiver(make_memory(4), kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
     auto = kv_transfer.Transports("auto", receiver, SOURCE)
-    assert "grpc" in auto.speaks and auto.missing["nixl"] == "NIXL cannot serve the pool: no such backend"
+    assert auto.speaks == ("local", "grpc") and "asked for by name" in auto.missing["nixl"]
 
 
 @pytest.mark.parametrize("field", ["agent", "address", "num_blocks"])
