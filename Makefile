@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m cluster.demo $(if $(MODEL),--model "$(MODEL)") $(if $(LOAD_FORMAT),--load-format "$(LOAD_FORMAT)")
 
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

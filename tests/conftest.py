@@ -16,6 +16,16 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Tests that start Ray: one after the other, since `up` joins a cluster that runs on the machine.
+RAY_MODULES = ("test_cli", "test_cluster", "test_deployment", "test_router_wire", "test_transfer_kills", "test_transfer_ray")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in RAY_MODULES:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     from cluster.models import resolve
