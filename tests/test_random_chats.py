@@ -12,7 +12,7 @@ from cluster.worker import Worker
 from protos import inference_pb2 as pb
 from tests.service import Service, request, service
 
-NUM_CHATS = 200
+NUM_CHATS = 80
 CONCURRENCY = 16
 BIG = {"load_format": "dummy", "num_blocks": 512}
 SMALL = {"load_format": "dummy", "num_blocks": 16, "max_model_len": 176}
@@ -126,7 +126,7 @@ def counters(worker: Worker) -> dict[str, int]:
     return {name: value for name, value in worker.status().items() if name in COUNTERS}
 
 
-async def test_two_hundred_chats(tiny):
+async def test_many_chats(tiny):
     async with service(tiny, engine=BIG) as undisturbed:
         chats = await all_at_once([recorded(undisturbed, number) for number in range(NUM_CHATS)])
     lost, totals = await through_small_pools(tiny, chats, 80, kills=False)
