@@ -18,7 +18,14 @@ if not Path("/dev/nvidiactl").exists():
 
 # Tests that start Ray: one after the other, since `up` joins a cluster that runs on the machine, and two that start at
 # once have been seen to wait for each other's files.
-RAY_MODULES = ("test_cli", "test_cluster", "test_deployment", "test_router_wire", "test_transfer_kills", "test_transfer_ray")
+RAY_MODULES = (
+    "test_cli",
+    "test_cluster",
+    "test_deployment",
+    "test_router_wire",
+    "test_transfer_kills",
+    "test_transfer_ray",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
