@@ -20,7 +20,8 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m cluster.demo $(if $(MODEL),--model "$(MODEL)") $(if $(LOAD_FORMAT),--load-format "$(LOAD_FORMAT)")
 
 test: lint
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 -m "not ray"
+	@$(BIN)/python -m pytest -m ray
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -16,22 +16,15 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# Tests that start Ray: one after the other, since `up` joins a cluster that runs on the machine, and two that start at
-# once have been seen to wait for each other's files.
-RAY_MODULES = (
-    "test_cli",
-    "test_cluster",
-    "test_deployment",
-    "test_router_wire",
-    "test_transfer_kills",
-    "test_transfer_ray",
-)
+# Tests that start Ray have the machine for themselves: `up` joins a cluster that runs on it, and Ray's daemons give up
+# when they start too slowly.
+RAY_MODULES = ("test_cli", "test_cluster", "test_deployment", "test_transfer_kills", "test_transfer_ray")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in RAY_MODULES or "ray_store" in item.name:
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(scope="session")
