@@ -4,6 +4,7 @@ grpcio-tools 1.76.0 is the pin on purpose: its stubs import under protobuf 6.31 
 newer generator's stubs demand its own newer runtime, which a GPU image may lack.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,15 +12,14 @@ PROTOS = ("protos/inference.proto", "protos/kv_transfer.proto", "protos/worker.p
 
 
 def generate(root: Path, out: Path) -> None:
-    """Write *_pb2.py, *_pb2.pyi and *_pb2_grpc.py for every proto under `root` into `out`. Raises RuntimeError."""
-    import grpc_tools
-    from grpc_tools import protoc
+    """Write *_pb2.py, *_pb2.pyi and *_pb2_grpc.py for every proto under `root` into `out`. Raises RuntimeError.
 
-    well_known = Path(grpc_tools.__file__).parent / "_proto"
-    arguments = [f"-I{root}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
-    status = protoc.main(["protoc", *arguments, *PROTOS])
-    if status != 0:
-        raise RuntimeError(f"protoc ended with status {status}")
+    In a process of its own: the generator brings its own protobuf, and NIXL's library in the same process ends it.
+    """
+    arguments = [f"-I{root}", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", *PROTOS]
+    done = subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *arguments], check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"protoc ended with status {done.returncode}")
 
 
 if __name__ == "__main__":
