@@ -3,7 +3,7 @@
 The receiver registers its pool with its agent and hands the agent's metadata out at the handshake. A write is one NIXL
 transfer whose descriptors are merged where blocks follow each other on both sides; its CRC-32C, or a GPU's digest, is
 taken of what was read and compared with what landed. Blocks must be of one size. The package is optional:
-pip install 'pdserve[nixl]'.
+pip install 'pdserve[nixl]'. Its library and grpcio-tools' generator cannot live in one process.
 """
 
 import asyncio
