@@ -6,7 +6,6 @@ the digest of what it reads; the receiver that of what landed (kv_transfer/push_
 GPUs.
 """
 
-import asyncio
 import json
 import logging
 import mmap
@@ -14,22 +13,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import grpc.aio
 import numpy as np
 import torch
 
 from kv_transfer import cuda_driver, locality
 from kv_transfer.base import Endpoint, Placement, ReadyEvent, TransferBroken, TransferRefused
 from kv_transfer.cuda_pages import first_of_each_shape, page_ids, warm_up
-from kv_transfer.grpc_stream import GrpcWire
 from kv_transfer.guards import NUM_SLOTS, open_guards
 from kv_transfer.memory import BlockMemory
+from kv_transfer.one_sided import OneSidedSender
 from kv_transfer.outgoing import Rect
-from kv_transfer.placed import PlacedOutgoing, Threads
+from kv_transfer.placed import Threads
 from kv_transfer.push_kernel import Side, launch, total
 from kv_transfer.relayout import tile_ranges
 from kv_transfer.staging import side_stream
-from protos.grpc_options import CHANNEL_OPTIONS
 
 NUM_PROGRAMS = 32  # of a push: what fills NVLink and leaves the model its multiprocessors (docs/performance.md)
 _GUARDS = re.compile(r"/proc/\d+/fd/\d+")
@@ -93,7 +90,7 @@ def export(memory: BlockMemory, guards: str) -> bytes:
     ).encode()
 
 
-class CudaIpcSender:
+class CudaIpcSender(OneSidedSender):
     """Its links share a stream and two threads."""
 
     def __init__(
@@ -103,66 +100,11 @@ class CudaIpcSender:
         progress_s: float = 10.0,
         num_programs: int = NUM_PROGRAMS,
     ) -> None:
-        self.memory = memory
-        self.source = source
-        self.progress_s = progress_s
-        self.num_programs = num_programs
-        self.device = memory.slab.device
-        self.threads = Threads("kv-push", lambda: torch.cuda.set_device(self.device))
-        self._links: list[_Link] = []
+        def map_pool(endpoint: Endpoint) -> "_Pool":
+            return _Pool(memory, PoolHandle.decode(endpoint.data), num_programs)
 
-    async def connect(self, address: str, endpoint: Endpoint) -> "_Link":
-        handle = PoolHandle.decode(endpoint.data)
-        run = asyncio.get_running_loop().run_in_executor
-        pool = await run(self.threads.launching, _Pool, self.memory, handle, self.num_programs)
-        self._links.append(_Link(self, address, pool))
-        return self._links[-1]
-
-    async def close(self) -> None:
-        await asyncio.gather(*(link.close() for link in self._links))
-        self.threads.close()
-
-
-class _Link:
-    def __init__(self, sender: CudaIpcSender, address: str, pool: "_Pool") -> None:
-        self._sender = sender
-        self._address = address
-        self._pool = pool
-        self._channel: grpc.aio.Channel | None = None
-        self._open: set[PlacedOutgoing] = set()
-        self._is_closed = False
-
-    @property
-    def transport(self) -> str:
-        return "cuda_ipc"
-
-    def open(
-        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
-    ) -> PlacedOutgoing:
-        if placement is None or not self._pool.holds(placement):
-            raise TransferRefused(f"a grant without pages of the receiver's pool: {placement}")
-        sender = self._sender
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
-        wire = GrpcWire(self._channel, transfer_id, sender.source)
-        outgoing = PlacedOutgoing(
-            sender.memory, _Writer(self._pool), wire, transfer_id, placement, sender.threads, sender.progress_s
-        )
-        self._open.add(outgoing)
-        outgoing.add_closed_callback(self._open.discard)
-        return outgoing
-
-    async def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        outgoings = list(self._open)
-        for outgoing in outgoings:
-            outgoing.abort("the link closes")
-        await asyncio.gather(*(outgoing.wait_closed() for outgoing in outgoings))
-        if self._channel is not None:
-            await self._channel.close(None)
-        await asyncio.get_running_loop().run_in_executor(self._sender.threads.launching, self._pool.close)
+        threads = Threads("kv-push", lambda: torch.cuda.set_device(memory.slab.device))
+        super().__init__("cuda_ipc", memory, source, progress_s, threads, map_pool)
 
 
 class _Pool:
@@ -195,6 +137,9 @@ class _Pool:
 
     def holds(self, placement: Placement) -> bool:
         return max(placement.page_ids, default=0) < self.handle.num_blocks and 0 <= placement.guard < NUM_SLOTS
+
+    def writer(self) -> "_Writer":
+        return _Writer(self)
 
     def is_live(self, placement: Placement) -> bool:
         return int(self.guards[placement.guard]) == placement.generation

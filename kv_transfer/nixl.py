@@ -6,7 +6,6 @@ taken of what was read and compared with what landed. Blocks must be of one size
 pip install 'pdserve[nixl]'. Its library and grpcio-tools' generator cannot live in one process.
 """
 
-import asyncio
 import importlib
 import json
 import os
@@ -17,17 +16,15 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from weakref import WeakValueDictionary
 
-import grpc.aio
 import numpy as np
 
 from kv_transfer import locality
 from kv_transfer.base import Endpoint, Placement, TransferBroken, TransferRefused
-from kv_transfer.grpc_stream import GrpcWire
 from kv_transfer.guards import open_guards
 from kv_transfer.memory import BlockMemory, Pages
+from kv_transfer.one_sided import OneSidedSender
 from kv_transfer.outgoing import Rect
-from kv_transfer.placed import PlacedOutgoing, Threads
-from protos.grpc_options import CHANNEL_OPTIONS
+from kv_transfer.placed import Threads
 
 MAX_WRITE_BYTES = 16 << 20  # of one write: the receiver checks it while the next one is on its way
 PACKAGES = ("nixl_cu12", "nixl_cu13")
@@ -131,75 +128,14 @@ def try_agent(memory: BlockMemory) -> Agent | str:
         return f"NIXL cannot serve the pool: {error}"
 
 
-class NixlSender:
+class NixlSender(OneSidedSender):
     """Its links share two threads."""
 
     def __init__(self, agent: Agent, source: tuple[str, str], progress_s: float = 10.0) -> None:
-        self.agent = agent
-        self.source = source
-        self.progress_s = progress_s
-        self.threads = Threads("kv-nixl")
-        self._links: list[_Link] = []
+        def map_pool(endpoint: Endpoint) -> "_Pool":
+            return _Pool(agent, PoolHandle.decode(endpoint.data))
 
-    async def connect(self, address: str, endpoint: Endpoint) -> "_Link":
-        handle = PoolHandle.decode(endpoint.data)
-        run = asyncio.get_running_loop().run_in_executor
-        pool = await run(self.threads.launching, _Pool, self.agent, handle)
-        self._links.append(_Link(self, address, pool))
-        return self._links[-1]
-
-    async def close(self) -> None:
-        await asyncio.gather(*(link.close() for link in self._links))
-        self.threads.close()
-
-
-class _Link:
-    def __init__(self, sender: NixlSender, address: str, pool: "_Pool") -> None:
-        self._sender = sender
-        self._address = address
-        self._pool = pool
-        self._channel: grpc.aio.Channel | None = None
-        self._open: set[PlacedOutgoing] = set()
-        self._is_closed = False
-
-    @property
-    def transport(self) -> str:
-        return "nixl"
-
-    def open(
-        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
-    ) -> PlacedOutgoing:
-        if placement is None or not all(page < self._pool.handle.num_blocks for page in placement.page_ids):
-            raise TransferRefused(f"a grant without pages of the receiver's pool: {placement}")
-        sender = self._sender
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
-        wire = GrpcWire(self._channel, transfer_id, sender.source)
-        outgoing = PlacedOutgoing(
-            sender.agent.memory,
-            self._pool,
-            wire,
-            transfer_id,
-            placement,
-            sender.threads,
-            sender.progress_s,
-            max_chunk_bytes or MAX_WRITE_BYTES,
-        )
-        self._open.add(outgoing)
-        outgoing.add_closed_callback(self._open.discard)
-        return outgoing
-
-    async def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        outgoings = list(self._open)
-        for outgoing in outgoings:
-            outgoing.abort("the link closes")
-        await asyncio.gather(*(outgoing.wait_closed() for outgoing in outgoings))
-        if self._channel is not None:
-            await self._channel.close(None)
-        await asyncio.get_running_loop().run_in_executor(self._sender.threads.launching, self._pool.close)
+        super().__init__("nixl", agent.memory, source, progress_s, Threads("kv-nixl"), map_pool, MAX_WRITE_BYTES)
 
 
 class _Pool:
@@ -221,6 +157,12 @@ class _Pool:
             self._name = agent.inner.loadRemoteMD(bytes.fromhex(handle.agent))
         except Exception as error:  # NIXL's own kinds, which come from no common class
             raise TransferBroken(f"the receiver's agent cannot be reached: {error}") from error
+
+    def holds(self, placement: Placement) -> bool:
+        return all(page < self.handle.num_blocks for page in placement.page_ids)
+
+    def writer(self) -> "_Pool":
+        return self
 
     def write(self, rect: Rect, placement: Placement) -> "_Write":
         stop = rect.block_start + len(rect.block_ids)

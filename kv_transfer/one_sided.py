@@ -1,0 +1,108 @@
+"""Senders and links of every one-sided transport: a peer's pool mapped at the handshake, a transfer per ticket."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc.aio
+
+from kv_transfer.base import Endpoint, Placement, TransferRefused
+from kv_transfer.grpc_stream import GrpcWire
+from kv_transfer.memory import BlockMemory
+from kv_transfer.placed import MAX_WRITE_BYTES, PlacedOutgoing, Threads, Writer
+from protos.grpc_options import CHANNEL_OPTIONS
+
+
+class MappedPool(Protocol):
+    """One receiver's pool, within reach. Made, written to and closed on the launching thread."""
+
+    def holds(self, placement: Placement) -> bool:
+        """Whether all that `placement` names lies in the pool."""
+
+    def writer(self) -> Writer:
+        """For one transfer."""
+
+    def close(self) -> None:
+        """Lets go of the pool; no write is under way."""
+
+
+class OneSidedSender:
+    """Its links share two threads."""
+
+    def __init__(
+        self,
+        transport: str,
+        memory: BlockMemory,
+        source: tuple[str, str],
+        progress_s: float,
+        threads: Threads,
+        map_pool: Callable[[Endpoint], MappedPool],
+        max_write_bytes: int = MAX_WRITE_BYTES,
+    ) -> None:
+        """`map_pool` runs on the launching thread and raises TransferError."""
+        self.transport = transport
+        self.memory = memory
+        self.source = source
+        self.progress_s = progress_s
+        self.threads = threads
+        self.max_write_bytes = max_write_bytes
+        self._map_pool = map_pool
+        self._links: list[_Link] = []
+
+    async def connect(self, address: str, endpoint: Endpoint) -> "_Link":
+        run = asyncio.get_running_loop().run_in_executor
+        pool = await run(self.threads.launching, self._map_pool, endpoint)
+        self._links.append(_Link(self, address, pool))
+        return self._links[-1]
+
+    async def close(self) -> None:
+        await asyncio.gather(*(link.close() for link in self._links))
+        self.threads.close()
+
+
+class _Link:
+    def __init__(self, sender: OneSidedSender, address: str, pool: MappedPool) -> None:
+        self._sender = sender
+        self._address = address
+        self._pool = pool
+        self._channel: grpc.aio.Channel | None = None
+        self._open: set[PlacedOutgoing] = set()
+        self._is_closed = False
+
+    @property
+    def transport(self) -> str:
+        return self._sender.transport
+
+    def open(
+        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
+    ) -> PlacedOutgoing:
+        if placement is None or not self._pool.holds(placement):
+            raise TransferRefused(f"a grant without pages of the receiver's pool: {placement}")
+        sender = self._sender
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        outgoing = PlacedOutgoing(
+            sender.memory,
+            self._pool.writer(),
+            GrpcWire(self._channel, transfer_id, sender.source),
+            transfer_id,
+            placement,
+            sender.threads,
+            sender.progress_s,
+            max_chunk_bytes or sender.max_write_bytes,
+        )
+        self._open.add(outgoing)
+        outgoing.add_closed_callback(self._open.discard)
+        return outgoing
+
+    async def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        outgoings = list(self._open)
+        for outgoing in outgoings:
+            outgoing.abort("the link closes")
+        await asyncio.gather(*(outgoing.wait_closed() for outgoing in outgoings))
+        if self._channel is not None:
+            await self._channel.close(None)
+        await asyncio.get_running_loop().run_in_executor(self._sender.threads.launching, self._pool.close)
