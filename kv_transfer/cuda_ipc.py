@@ -22,9 +22,9 @@ from kv_transfer.cuda_pages import first_of_each_shape, page_ids, warm_up
 from kv_transfer.guards import NUM_SLOTS, open_guards
 from kv_transfer.memory import BlockMemory
 from kv_transfer.one_sided import OneSidedSender
-from kv_transfer.outgoing import Rect
 from kv_transfer.placed import Threads
 from kv_transfer.push_kernel import Side, launch, total
+from kv_transfer.rect import Rect
 from kv_transfer.relayout import tile_ranges
 from kv_transfer.staging import side_stream
 

@@ -23,8 +23,8 @@ from kv_transfer.base import Endpoint, Placement, TransferBroken, TransferRefuse
 from kv_transfer.guards import open_guards
 from kv_transfer.memory import BlockMemory, Pages
 from kv_transfer.one_sided import OneSidedSender
-from kv_transfer.outgoing import Rect
 from kv_transfer.placed import Threads
+from kv_transfer.rect import Rect
 
 MAX_WRITE_BYTES = 16 << 20  # of one write: the receiver checks it while the next one is on its way
 PACKAGES = ("nixl_cu12", "nixl_cu13")

@@ -12,25 +12,22 @@ Life of a transfer here:
 """
 
 import asyncio
-import contextlib
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from kv_transfer.base import ChunkHeader, Manifest, ManifestBuilder, ReadyEvent, TransferBroken
+from kv_transfer.base import ChunkHeader, ReadyEvent
+from kv_transfer.lifecycle import Lifecycle, Stream
 from kv_transfer.memory import BlockMemory
+from kv_transfer.rect import Rect
 
 
-class Wire(Protocol):
-    """How one transfer's chunks reach the receiver. All but `pack` run on the event loop; they raise TransferError."""
-
-    async def begin(self) -> None:
-        """Opens the stream."""
+class Wire(Stream, Protocol):
+    """How one transfer's chunks reach the receiver. `close` also drops whatever `pack` kept."""
 
     def pack(self, header: ChunkHeader, pages: Sequence[np.ndarray]) -> tuple[ChunkHeader, Any]:
         """Makes of a chunk's pages what `send` takes, and puts their checksum into the header. Runs on the loop, or on
@@ -39,44 +36,21 @@ class Wire(Protocol):
     async def send(self, packed: Any) -> None:
         """Returns when the chunk is on its way and the next may follow."""
 
-    async def end(self, manifest: Manifest) -> None:
-        """Returns when the receiver has placed every chunk."""
 
-    async def lost(self) -> None:
-        """Returns when the peer has ended the stream by itself; then `send` and `end` raise why."""
-
-    async def close(self, error: BaseException | None) -> None:
-        """Drops the stream if `error` ended it, which fails the ticket, and whatever `pack` kept."""
-
-
-class ChunkedOutgoing:
+class ChunkedOutgoing(Lifecycle):
     """An `Outgoing` over a wire."""
+
+    _STALLED = "the receiver took nothing"
 
     def __init__(
         self, memory: BlockMemory, wire: Wire, pool: ThreadPoolExecutor | None, max_chunk_bytes: int, progress_s: float
     ) -> None:
-        self._memory = memory
         self._wire = wire
         self._pool = pool
         self._max_chunk_bytes = max_chunk_bytes
-        self._progress_s = progress_s
-        self._manifest = ManifestBuilder()
-        self._lock = threading.Lock()
-        self._queue: deque[Rect] = deque()
         self._num_chunks = 0  # cut so far; the manifest has those that were sent
-        self._finishing = False
-        self._closed = False
-        self._aborted: str | None = None
-        self._error: BaseException | None = None
-        self._loop = asyncio.get_running_loop()
-        self._wake = asyncio.Event()
         self._reads: deque[Future[tuple[ChunkHeader, Any]]] = deque()  # chunks being packed, at most two
-        self._moving = self._loop.create_task(self._move())
-        self._task = self._loop.create_task(self._run())
-
-    @property
-    def num_bytes(self) -> int:
-        return self._manifest.num_bytes
+        super().__init__(memory, wire, progress_s)
 
     def push(
         self,
@@ -92,73 +66,6 @@ class ChunkedOutgoing:
                 return
             self._queue.append(Rect(tuple(block_ids), block_start, layer_start, layer_stop, after))
         self._notify(self._wake.set)
-
-    async def finish(self) -> Manifest:
-        self._finishing = True
-        self._wake.set()
-        await asyncio.shield(self._task)
-        if self._error is not None:
-            raise self._error
-        return self._manifest.manifest()
-
-    def abort(self, reason: str) -> None:
-        self._notify(self._abort, reason)
-
-    async def wait_closed(self) -> None:
-        await asyncio.shield(self._task)
-
-    def add_closed_callback(self, callback: "Callable[[ChunkedOutgoing], None]") -> None:
-        """On the loop: calls `callback` when the transfer is closed."""
-        self._task.add_done_callback(lambda _: callback(self))
-
-    def _notify(self, callback, *args) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the transfer
-            self._loop.call_soon_threadsafe(callback, *args)
-
-    def _abort(self, reason: str) -> None:
-        if self._aborted is None:
-            self._aborted = reason
-            self._moving.cancel()
-
-    async def _run(self) -> None:
-        """Sees the transfer to its end and cleans up. `abort` never cancels this: nothing may cut cleaning short."""
-        try:
-            await asyncio.wait([self._moving])
-            self._error = self._why()
-        finally:
-            for read in self._reads:
-                if not read.cancel():
-                    await asyncio.gather(asyncio.wrap_future(read), return_exceptions=True)
-            with self._lock:
-                self._closed = True
-                self._queue.clear()
-            await self._wire.close(self._error)
-
-    def _why(self) -> BaseException | None:
-        if self._moving.cancelled():
-            return TransferBroken(f"aborted: {self._aborted or 'the sender stops'}")
-        error = self._moving.exception()
-        if isinstance(error, TimeoutError):
-            return TransferBroken(f"the receiver took nothing for {self._progress_s} s")
-        return error
-
-    async def _move(self) -> None:
-        async with asyncio.timeout(self._progress_s):
-            await self._wire.begin()
-        lost = self._loop.create_task(self._wire.lost())
-        lost.add_done_callback(lambda _: self._wake.set())
-        try:
-            while True:
-                self._wake.clear()
-                if await self._step():
-                    continue
-                if self._finishing or lost.done():
-                    break
-                await self._wake.wait()
-            async with asyncio.timeout(self._progress_s):
-                await self._wire.end(self._manifest.manifest())
-        finally:
-            lost.cancel()
 
     async def _step(self) -> bool:
         """Starts reading the next chunk, and sends the one before it. False: there was neither."""
@@ -178,14 +85,22 @@ class ChunkedOutgoing:
             return True
         return chunk is not None
 
-    def _read(self, chunk: "Rect") -> "Future[tuple[ChunkHeader, Any]]":
+    def _has_moved_all(self) -> bool:
+        return True  # a step sends what there is
+
+    async def _drain(self) -> None:
+        for read in self._reads:
+            if not read.cancel():
+                await asyncio.gather(asyncio.wrap_future(read), return_exceptions=True)
+
+    def _read(self, chunk: Rect) -> "Future[tuple[ChunkHeader, Any]]":
         if self._pool is not None:
             return self._pool.submit(self._pack, self._num_chunks, chunk)
         read: Future[tuple[ChunkHeader, Any]] = Future()
         read.set_result(self._pack(self._num_chunks, chunk))
         return read
 
-    def _next_chunk(self) -> "Rect | None":
+    def _next_chunk(self) -> Rect | None:
         with self._lock:
             if not self._queue:
                 return None
@@ -197,7 +112,7 @@ class ChunkedOutgoing:
             self._queue.extendleft(reversed(rest))
             return chunk
 
-    def _cut(self, rect: "Rect") -> list["Rect"]:
+    def _cut(self, rect: Rect) -> list[Rect]:
         """The first chunk of `rect` and what is left. A chunk has some layers of one block, or several blocks."""
         memory, layer_stop = self._memory, rect.layer_stop
         width = memory.width(rect.layer_start, layer_stop)
@@ -212,7 +127,7 @@ class ChunkedOutgoing:
         count = self._max_chunk_bytes // width
         return [rect] if len(rect.block_ids) <= count else list(rect.split_blocks(count))
 
-    def _pack(self, sequence: int, chunk: "Rect") -> tuple[ChunkHeader, Any]:
+    def _pack(self, sequence: int, chunk: Rect) -> tuple[ChunkHeader, Any]:
         pages = self._memory.read(chunk.block_ids, chunk.layer_start, chunk.layer_stop)
         header = ChunkHeader(
             sequence=sequence,
@@ -224,29 +139,3 @@ class ChunkedOutgoing:
             checksum=0,  # the wire's to fill in, as it reads the pages
         )
         return self._wire.pack(header, pages)
-
-
-@dataclass(frozen=True, slots=True)
-class Rect:
-    """Pages pushed together: the logical blocks from `block_start`, layers [layer_start, layer_stop)."""
-
-    block_ids: tuple[int, ...]
-    block_start: int
-    layer_start: int
-    layer_stop: int
-    after: ReadyEvent | None
-
-    def join(self, other: "Rect") -> "Rect | None":
-        """One rectangle of both, if `other` holds the layers that follow in the same blocks."""
-        if (other.block_ids, other.block_start, other.layer_start) == (
-            self.block_ids,
-            self.block_start,
-            self.layer_stop,
-        ):
-            return replace(self, layer_stop=other.layer_stop, after=other.after)
-        return None
-
-    def split_blocks(self, count: int) -> "tuple[Rect, Rect]":
-        return replace(self, block_ids=self.block_ids[:count]), replace(
-            self, block_ids=self.block_ids[count:], block_start=self.block_start + count
-        )

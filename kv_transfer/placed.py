@@ -10,8 +10,6 @@ Life of a transfer here:
 """
 
 import asyncio
-import contextlib
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +17,6 @@ from typing import Protocol
 
 from kv_transfer.base import (
     ChunkHeader,
-    Manifest,
-    ManifestBuilder,
     Placement,
     ReadyEvent,
     TransferBroken,
@@ -28,8 +24,9 @@ from kv_transfer.base import (
 )
 from kv_transfer.frames import placed_frame
 from kv_transfer.grpc_stream import GrpcWire
+from kv_transfer.lifecycle import Lifecycle
 from kv_transfer.memory import BlockMemory
-from kv_transfer.outgoing import Rect
+from kv_transfer.rect import Rect
 
 MAX_WRITE_BYTES = 256 << 20  # of one write: what is announced, and checked, at once
 
@@ -60,8 +57,10 @@ class Threads:
         self.waiting.shutdown()
 
 
-class PlacedOutgoing:
+class PlacedOutgoing(Lifecycle):
     """An `Outgoing` whose bytes a `Writer` moves."""
+
+    _STALLED = "nothing moved"
 
     def __init__(
         self,
@@ -74,32 +73,16 @@ class PlacedOutgoing:
         progress_s: float,
         max_write_bytes: int = MAX_WRITE_BYTES,
     ) -> None:
-        self._memory = memory
         self._writer = writer
         self._wire = wire
         self._transfer_id = transfer_id
         self._placement = placement
         self._threads = threads
-        self._progress_s = progress_s
         self._max_write_bytes = max_write_bytes
-        self._manifest = ManifestBuilder()
-        self._lock = threading.Lock()
-        self._queue: deque[Rect] = deque()  # pushed, not launched
         self._num_unsettled = 0  # tasks of the two threads that the loop has not heard the end of
         self._landed: deque[tuple[Rect, int]] = deque()  # on the loop: written, with digest, not announced
         self._failure: BaseException | None = None
-        self._finishing = False
-        self._closed = False
-        self._aborted: str | None = None
-        self._error: BaseException | None = None
-        self._loop = asyncio.get_running_loop()
-        self._wake = asyncio.Event()
-        self._moving = self._loop.create_task(self._move())
-        self._task = self._loop.create_task(self._run())
-
-    @property
-    def num_bytes(self) -> int:
-        return self._manifest.num_bytes
+        super().__init__(memory, wire, progress_s)
 
     def push(
         self,
@@ -118,24 +101,6 @@ class PlacedOutgoing:
             self._num_unsettled += len(rects)
         for _ in rects:
             self._threads.launching.submit(self._launch)
-
-    async def finish(self) -> Manifest:
-        self._finishing = True
-        self._wake.set()
-        await asyncio.shield(self._task)
-        if self._error is not None:
-            raise self._error
-        return self._manifest.manifest()
-
-    def abort(self, reason: str) -> None:
-        self._notify(self._abort, reason)
-
-    async def wait_closed(self) -> None:
-        await asyncio.shield(self._task)
-
-    def add_closed_callback(self, callback: "Callable[[PlacedOutgoing], None]") -> None:
-        """On the loop: calls `callback` when the transfer is closed."""
-        self._task.add_done_callback(lambda _: callback(self))
 
     # On the two threads
 
@@ -176,10 +141,6 @@ class PlacedOutgoing:
             return self._notify(self._settle, error)
         self._notify(self._settle, None, (rect, digest))
 
-    def _notify(self, callback, *args) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the transfer
-            self._loop.call_soon_threadsafe(callback, *args)
-
     # On the loop
 
     def _settle(self, error: BaseException | None, landed: tuple[Rect, int] | None = None) -> None:
@@ -190,54 +151,27 @@ class PlacedOutgoing:
             self._landed.append(landed)
         self._wake.set()
 
-    def _abort(self, reason: str) -> None:
-        if self._aborted is None:
-            self._aborted = reason
-            self._moving.cancel()
+    async def _step(self) -> bool:
+        async with asyncio.timeout(self._progress_s):
+            while self._landed:
+                await self._announce(*self._landed.popleft())
+        if self._failure is not None:
+            raise self._failure
+        return False
 
-    async def _run(self) -> None:
-        """Sees the transfer to its end and cleans up. `abort` never cancels this: nothing may cut cleaning short."""
-        try:
-            await asyncio.wait([self._moving])
-            self._error = self._why()
-        finally:
-            with self._lock:
-                self._closed = True
-            while self._num_unsettled:
-                self._wake.clear()
-                await self._wake.wait()
-            await self._wire.close(self._error)
+    def _has_moved_all(self) -> bool:
+        return not self._num_unsettled and not self._landed
+
+    async def _drain(self) -> None:
+        while self._num_unsettled:
+            self._wake.clear()
+            await self._wake.wait()
 
     def _why(self) -> BaseException | None:
-        if self._moving.cancelled():
-            return TransferBroken(f"aborted: {self._aborted or 'the sender stops'}")
-        error = self._moving.exception()
-        if isinstance(error, TimeoutError):
-            return TransferBroken(f"nothing moved for {self._progress_s} s")
+        error = super()._why()
         if error is None or isinstance(error, TransferError):
             return error
         return TransferBroken(f"the write failed: {type(error).__name__}: {error}")
-
-    async def _move(self) -> None:
-        async with asyncio.timeout(self._progress_s):
-            await self._wire.begin()
-        lost = self._loop.create_task(self._wire.lost())
-        lost.add_done_callback(lambda _: self._wake.set())
-        try:
-            while True:
-                self._wake.clear()
-                async with asyncio.timeout(self._progress_s):
-                    while self._landed:
-                        await self._announce(*self._landed.popleft())
-                if self._failure is not None:
-                    raise self._failure
-                if lost.done() or (self._finishing and not self._num_unsettled and not self._landed):
-                    break
-                await self._wake.wait()
-            async with asyncio.timeout(self._progress_s):
-                await self._wire.end(self._manifest.manifest())
-        finally:
-            lost.cancel()
 
     async def _announce(self, rect: Rect, digest: int) -> None:
         header = ChunkHeader(

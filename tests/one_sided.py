@@ -9,8 +9,8 @@ import numpy as np
 from kv_transfer.base import BlockMemory, Endpoint, Placement
 from kv_transfer.checksum import crc32c
 from kv_transfer.grpc_stream import GrpcWire
-from kv_transfer.outgoing import Rect
 from kv_transfer.placed import PlacedOutgoing, Threads
+from kv_transfer.rect import Rect
 
 
 @dataclass

@@ -14,7 +14,7 @@ import kv_transfer
 from benchmarks.cuda_peer import SOURCE, Peer, make_memory
 from kv_transfer.base import BlockMemory, Endpoint, Link, Placement, TransferBroken
 from kv_transfer.create import create_sender
-from kv_transfer.outgoing import Rect
+from kv_transfer.rect import Rect
 
 SHAPE = (64, 64, 8, 4, 128)  # block size, blocks, layers, heads, dim
 LAYERS = SHAPE[2]
