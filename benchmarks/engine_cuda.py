@@ -6,8 +6,8 @@ matrix rate (attention's own counted too). The floor is the larger of the two ti
 schedule, forward, sampling, tokens on the host.
 
 Each engine runs in a process of its own, with the same prompts and limits. `--share` keeps both on the
-device, each on half the memory, and alternates them round by round; a point whose KV does not fit there is measured
-without it, one engine after the other at 0.92 of the memory, which is also where start-up and KV capacity are read.
+device, each on half the memory, and alternates them round by round; points whose KV does not fit there follow one
+engine after the other at 0.92 of the memory, which is also where start-up and KV capacity are read.
 
     python -m benchmarks.engine_cuda --engines ours vllm --prefill "1x2048 1x8192" --decode 64x1024 --mixed 64x1024
 """
@@ -92,27 +92,30 @@ def together(shape: Shape, folder: str, options: argparse.Namespace) -> dict[str
             ready.insert(0, engine)
             kv_gib = engine.ready["kv_gib"]
     found: dict[str, dict[str, Any]] = {engine.engine: dict(**engine.ready, points={}) for engine in ready}
-    for point in points(options):
-        if point.num_tokens * shape.kv_bytes > kv_gib * 2**30:
-            say(f"{point.name} does not fit {kv_gib:.1f} GiB of KV: measure it without --share")
-            continue
-        for engine in ready:  # plans, caches, clocks
-            engine.ask(point, 2 if point.kind == "prefill" else 1)
+    fitting = [point for point in points(options) if point.num_tokens * shape.kv_bytes <= kv_gib * 2**30]
+    for point in fitting:
+        if point.kind in ("prefill", "mixed"):  # plans, caches, clocks; a batch that decodes has warmed up by itself
+            for engine in ready:
+                engine.ask(point, 2 if point.kind == "prefill" else 1)
         for _ in range(options.rounds):
             for engine in ready:
                 add(found[engine.engine]["points"], point, engine.ask(point, 1))
     for engine in ready:
         engine.close()
+    if rest := [point for point in points(options) if point not in fitting]:
+        for name, alone in in_turn(folder, options, rest).items():
+            shared = found.setdefault(name, {}).get("points", {})
+            found[name] = alone | dict(points=shared | alone["points"])
     return found
 
 
-def in_turn(folder: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def in_turn(folder: str, options: argparse.Namespace, wanted: list[Point]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in options.engines:
         engine = Process(name, folder, options, ALONE)
         if engine.wait():
             found[name] = dict(**engine.ready, points={})
-            for point in points(options):
+            for point in wanted:
                 if point.kind == "prefill":
                     engine.ask(point, 2)
                 add(found[name]["points"], point, engine.ask(point, options.rounds))
@@ -169,7 +172,7 @@ def parent(options: argparse.Namespace) -> None:
         shape = Shape(name)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(shape.config))
-            found = together(shape, folder, options) if options.share else in_turn(folder, options)
+            found = together(shape, folder, options) if options.share else in_turn(folder, options, points(options))
         floors = json.loads(output([sys.executable, "-m", "benchmarks.engine_cuda", "--floors", name]))
         if options.per_op:
             print(f"\n{'operation':20}{'rows':>6}{'us':>10}{'floor us':>10}{'ratio':>8}{'TB/s':>8}{'TFLOP/s':>9}")
