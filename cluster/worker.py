@@ -243,14 +243,7 @@ class Worker:
         outgoing = peer.link.open(granted.transfer_id, placement=placement_from_pb(granted))
         try:
             outgoing.push(block_ids, 0, 0, self.engine.layout.num_layers, after)
-            manifest = await outgoing.finish()
-            commit = kv.CommitRequest(
-                transfer_id=granted.transfer_id,
-                num_chunks=manifest.num_chunks,
-                num_bytes=manifest.num_bytes,
-                digest=manifest.digest,
-            )
-            await peer.stub.Commit(commit, timeout=30.0)
+            manifest = await peer.commit(granted.transfer_id, outgoing)
             seconds = time.perf_counter() - started
         finally:
             outgoing.abort("canary over")

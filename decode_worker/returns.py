@@ -32,7 +32,6 @@ from protos import kv_transfer_pb2 as kv
 MAX_AT_ONCE = 2  # each reads pages and sends bytes beside running requests
 MAX_WAITING = 32
 OFFER_TIMEOUT_S = 2.0
-COMMIT_TIMEOUT_S = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -166,16 +165,7 @@ class Returns:
         peer.hold(transfer_id, granted.lease_ms / 1000, self._peers.source, lambda: outgoing.abort("the lease is over"))
         try:
             outgoing.push(block_ids[first_block:], first_block, 0, self._engine.layout.num_layers)
-            manifest = await outgoing.finish()
-            request = kv.CommitRequest(
-                transfer_id=transfer_id,
-                num_tokens=len(token_ids),
-                token_hash=token_hash(token_ids),
-                num_chunks=manifest.num_chunks,
-                num_bytes=manifest.num_bytes,
-                digest=manifest.digest,
-            )
-            await peer.stub.Commit(request, timeout=COMMIT_TIMEOUT_S)
+            manifest = await peer.commit(transfer_id, outgoing, len(token_ids), token_hash(token_ids))
             is_committed = True
             self.num_bytes += manifest.num_bytes
             self.num_blocks += len(block_ids) - first_block

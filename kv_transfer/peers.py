@@ -7,12 +7,12 @@ a new peer with a new handshake.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import grpc
 
 from kv_transfer import locality
-from kv_transfer.base import PROTOCOL_VERSION, Endpoint, Link, TransferRefused
+from kv_transfer.base import PROTOCOL_VERSION, Endpoint, Link, Manifest, Outgoing, TransferRefused
 from kv_transfer.choose import ONE_SIDED
 from kv_transfer.create import Transports
 from protos import kv_transfer_pb2 as kv
@@ -23,6 +23,8 @@ from protos.grpc_options import CHANNEL_OPTIONS
 HANDSHAKE_TIMEOUT_S = 5.0
 # Membership reaches the router and the workers at about the same time, not at the same instant.
 MEMBERSHIP_LAG_S = 2.0
+# Commit answers once the receiver has checked every byte, so it may wait for chunks still on the wire.
+COMMIT_TIMEOUT_S = 30.0
 RELEASE_TIMEOUT_S, RELEASE_TRIES = 2.5, 2
 _log = logging.getLogger(__name__)
 
@@ -71,6 +73,32 @@ class Peer:
 
     def drop(self, transfer_id: bytes) -> None:
         self._leases.pop(transfer_id, None)
+
+    async def commit(
+        self,
+        transfer_id: bytes,
+        outgoing: Outgoing,
+        num_tokens: int = 0,
+        token_hash: bytes = b"",
+        first_tokens: Sequence[kv.AdoptedToken] = (),
+    ) -> Manifest:
+        """Ends the transfer; returns once the peer has verified every byte and taken it in. The lease is over then.
+
+        A test transfer is of no tokens. Raises TransferError, PeerUnavailable, or the refusal's AioRpcError.
+        """
+        manifest = await outgoing.finish()
+        request = kv.CommitRequest(
+            transfer_id=transfer_id,
+            num_tokens=num_tokens,
+            token_hash=token_hash,
+            num_chunks=manifest.num_chunks,
+            num_bytes=manifest.num_bytes,
+            digest=manifest.digest,
+            first_tokens=first_tokens,
+        )
+        await self.stub.Commit(request, timeout=COMMIT_TIMEOUT_S)
+        self.drop(transfer_id)
+        return manifest
 
     async def release(self, transfer_id: bytes, reason: str) -> None:
         """Gives a ticket up, as far as the peer can be told. The transfer must be closed: no write is in flight any

@@ -16,14 +16,12 @@ import grpc
 from engine.engine import Engine
 from engine.request import Request
 from engine.wire import token_hash
-from kv_transfer.base import Manifest, Outgoing, ReadyEvent, TransferCorrupt, TransferError
+from kv_transfer.base import Outgoing, ReadyEvent, TransferCorrupt, TransferError
 from kv_transfer.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
 from kv_transfer.placement import placement_from_pb
 from protos import inference_pb2
 from protos import kv_transfer_pb2 as kv
 
-# Commit answers once the receiver has checked every byte, so it may wait for chunks still on the wire.
-COMMIT_TIMEOUT_S = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -102,9 +100,11 @@ class Handoff:
     async def commit(self, first_tokens: Sequence[kv.AdoptedToken]) -> None:
         """Returns once the decode worker has verified and adopted. Raises HandoffFailed."""
         assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"
+        token_ids = self._request.token_ids
         try:
-            manifest = await self._outgoing.finish()
-            await self._peer.stub.Commit(self._commit_request(manifest, first_tokens), timeout=COMMIT_TIMEOUT_S)
+            await self._peer.commit(
+                self._transfer_id, self._outgoing, len(token_ids), token_hash(token_ids), first_tokens
+            )
         except TransferError as error:
             raise _failed(error, self._target) from error
         except PeerUnavailable as error:
@@ -112,7 +112,6 @@ class Handoff:
         except grpc.aio.AioRpcError as error:
             raise _from_status(error, self._target) from error
         self._committed = True
-        self._peer.drop(self._transfer_id)
 
     async def abandon(self) -> None:
         """Every sequence ended with its first token: nothing is left to adopt. `num_bytes` is final afterwards."""
@@ -193,17 +192,6 @@ class Handoff:
     def _fail(self, error: HandoffFailed) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
-
-    def _commit_request(self, manifest: Manifest, first_tokens: Sequence[kv.AdoptedToken]) -> kv.CommitRequest:
-        return kv.CommitRequest(
-            transfer_id=self._transfer_id,
-            num_tokens=len(self._request.token_ids),
-            token_hash=token_hash(self._request.token_ids),
-            num_chunks=manifest.num_chunks,
-            num_bytes=manifest.num_bytes,
-            digest=manifest.digest,
-            first_tokens=first_tokens,
-        )
 
 
 def _failed(error: TransferError, target: kv.WorkerRef) -> HandoffFailed:
