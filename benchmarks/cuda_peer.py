@@ -2,7 +2,8 @@
 
     python -m benchmarks.cuda_peer DEVICE BLOCK_SIZE NUM_BLOCKS NUM_LAYERS NUM_HEADS DIM
 
-One JSON object per line: commands come on stdin, answers go to stdout.
+One JSON object per line: commands come on stdin, answers go to stdout. Other processes that receive answer more
+commands beside these (benchmarks/decode_peer.py).
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc.aio
@@ -17,6 +19,7 @@ import torch
 
 import kv_transfer
 from kv_transfer.base import BlockMemory, Endpoint, Manifest, Placement, TransferError
+from kv_transfer.choose import ONE_SIDED
 from kv_transfer.guards import Guards
 from kv_transfer.receiver import Receiver
 from kv_transfer.relayout import Tiles
@@ -43,15 +46,16 @@ class Peer:
 
     def __init__(self, process: asyncio.subprocess.Process, hello: dict[str, Any]) -> None:
         self.process = process
+        self._asking = asyncio.Lock()
         self.address: str = hello["address"]
         self.endpoints = [Endpoint(e["transport"], e["locality"], bytes.fromhex(e["data"])) for e in hello["endpoints"]]
 
     @classmethod
-    async def start(cls, *arguments: object) -> "Peer":
+    async def start(cls, *arguments: object, module: str = "benchmarks.cuda_peer") -> "Peer":
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "benchmarks.cuda_peer",
+            module,
             *map(str, arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -61,8 +65,9 @@ class Peer:
 
     async def ask(self, what: str, **fields: Any) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"what": what, **fields}).encode() + b"\n")
-        answer = json.loads(await _line(self.process))
+        async with self._asking:
+            self.process.stdin.write(json.dumps({"what": what, **fields}).encode() + b"\n")
+            answer = json.loads(await _line(self.process))
         if "error" in answer:
             raise getattr(kv_transfer, answer["kind"])(answer["error"])
         return answer["answer"]
@@ -92,10 +97,14 @@ async def _line(process: asyncio.subprocess.Process) -> bytes:
     return line
 
 
-async def serve(device: str, numbers: list[int]) -> None:
+async def main(device: str, numbers: list[int]) -> None:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    memory = make_memory(device, *numbers)
+    await serve(make_memory(device, *numbers))
+
+
+async def serve(memory: BlockMemory, also: Callable[[dict[str, Any]], Awaitable[Any]] | None = None) -> None:
+    """Until stdin ends. `also` answers the commands that are not known here."""
     receiver = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
     transports = kv_transfer.Transports("auto", receiver, ("receiver", "0"))
     server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -108,7 +117,7 @@ async def serve(device: str, numbers: list[int]) -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     while line := await reader.readline():
         try:
-            answer = {"answer": await _answer(receiver, json.loads(line))}
+            answer = {"answer": await _answer(receiver, json.loads(line), also)}
         except TransferError as error:
             answer = {"error": str(error), "kind": type(error).__name__}
         print(json.dumps(answer), flush=True)
@@ -116,11 +125,13 @@ async def serve(device: str, numbers: list[int]) -> None:
     await transports.close()
 
 
-async def _answer(receiver: Receiver, asked: dict[str, Any]) -> Any:
+async def _answer(
+    receiver: Receiver, asked: dict[str, Any], also: Callable[[dict[str, Any]], Awaitable[Any]] | None
+) -> Any:
     transfer_id = bytes.fromhex(asked.get("transfer_id", ""))
     match asked["what"]:
         case "grant":
-            writer = "sender" if asked["transport"] == "cuda_ipc" else None
+            writer = "sender" if asked["transport"] in ONE_SIDED else None
             transfer_id = receiver.grant("owner", SOURCE, asked["block_ids"], 0, asked["lease_s"], writer)
             placement = receiver.placement(transfer_id)
             where = [placement.page_ids, placement.guard, placement.generation] if placement else None
@@ -144,8 +155,9 @@ async def _answer(receiver: Receiver, asked: dict[str, Any]) -> Any:
         case "check":
             receiver.check()
             return receiver.num_quarantined
-    raise AssertionError(asked)
+    assert also is not None, asked
+    return await also(asked)
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], [int(number) for number in sys.argv[2:]]))
+    asyncio.run(main(sys.argv[1], [int(number) for number in sys.argv[2:]]))

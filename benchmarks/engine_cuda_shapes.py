@@ -20,6 +20,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         rope_parameters=ROPE,
         rms_norm_eps=1e-5,
     ),
+    "toy": dict(  # runs on a CPU too
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        vocab_size=32000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters=ROPE,
+        rms_norm_eps=1e-5,
+    ),
     "qwen3-8b": dict(
         architectures=["Qwen3ForCausalLM"],
         model_type="qwen3",

@@ -92,7 +92,7 @@ class Worker:
         self.progress = "loading"
         self.engine = await asyncio.to_thread(Engine, self._engine_config, dispatcher.on_events, self._say)
         engine = self.engine
-        memory = _memory(engine)
+        memory = memory_of(engine)
         layout = engine.layout.to_pb()
 
         self._receiver = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
@@ -297,7 +297,7 @@ class Worker:
         self.progress = line
 
 
-def _memory(engine: Engine) -> BlockMemory:
+def memory_of(engine: Engine) -> BlockMemory:
     """The engine's pool as transports see it."""
     layout = engine.layout
     tiles = tuple(tuple(Tiles(*entry) for entry in layer) for layer in layout.tiles)

@@ -1,0 +1,118 @@
+"""A decode engine at work on a GPU, in a process of its own, whose pool others push into: benchmarks/push_cost_cuda.py.
+
+    python -m benchmarks.decode_peer MODEL DEVICE KV_GIB MAX_TOKENS
+
+Answers, beside what benchmarks/cuda_peer.py does:
+
+    lots     num_blocks, count -> page ids of so many reservations, held for good
+    batch    size, context     -> once that many sequences, in place of those before, have got their first tokens
+    steps    start_s, stop_s   -> lengths in ms of the full batch's steps between two times of CLOCK_MONOTONIC
+    digests  is_on             -> whether what is said to be placed is read back
+"""
+
+import asyncio
+import random
+import sys
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from benchmarks.cuda_peer import serve
+from benchmarks.unchecked import read_back
+from cluster.worker import memory_of
+from decode_worker.kv_service import canary_request
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.request import Event, Request, SamplingParams, Token
+
+WARM_STEPS = 8  # before a batch counts as running
+
+
+def make_engine(model: str, device: str, kv_gib: float, max_tokens: int, on_events) -> Engine:
+    """As a worker's: no prefix cache, so that every prompt is computed; started."""
+    config = EngineConfig(
+        model,
+        device=device,
+        dtype="bfloat16" if device != "cpu" else "float32",
+        load_format="dummy",
+        block_size=64,
+        max_num_batched_tokens=max_tokens,
+        max_num_seqs=80,
+        max_model_len=2 * max_tokens,
+        kv_cache_gib=kv_gib,
+        enable_prefix_caching=False,
+        num_threads=1 if device == "cpu" else None,
+    )
+    engine = Engine(config, on_events, lambda line: print(f"  {device}: {line}", file=sys.stderr, flush=True))
+    engine.start()
+    return engine
+
+
+def make_request(name: str, num_tokens: int, max_tokens: int) -> Request:
+    ids = tuple(random.Random(name).choices(range(1000, 30000), k=num_tokens))
+    return Request(name, ids, num_tokens, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+
+
+class Batch:
+    """The sequences that run. `listen` is for the engine's thread, the rest for the loop."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self._names: set[str] = set()
+        self._size = 0
+        self._ends: list[float] = []  # of steps that gave every sequence a token
+        self._loop = asyncio.get_running_loop()
+        self._is_running = asyncio.Event()
+
+    def listen(self, events: list[Event]) -> None:
+        names = [event.request_id for event in events if isinstance(event, Token)]
+        if self._size and len(names) == self._size:
+            self._ends.append(time.monotonic())
+            if len(self._ends) == WARM_STEPS:
+                self._loop.call_soon_threadsafe(self._is_running.set)
+
+    async def start(self, size: int, context: int, name: str) -> None:
+        assert self.engine is not None
+        for old in self._names:
+            self.engine.abort(old)
+        self._names = {f"{name}-{index}" for index in range(size)}
+        self._size, self._ends = size, []
+        self._is_running.clear()
+        for new in sorted(self._names):
+            self.engine.submit(make_request(new, context, self.engine.model_info.max_model_len - context - 1))
+        await asyncio.wait_for(self._is_running.wait(), 100)
+
+    def steps(self, start_s: float, stop_s: float) -> list[float]:
+        return [(b - a) * 1e3 for a, b in pairwise(self._ends) if a >= start_s and b <= stop_s]
+
+
+async def main(model: str, device: str, kv_gib: float, max_tokens: int) -> None:
+    sys.setswitchinterval(2e-4)
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    batch = Batch()
+    engine = batch.engine = make_engine(model, device, kv_gib, max_tokens, batch.listen)
+
+    async def answer(asked: dict[str, Any]) -> Any:
+        match asked["what"]:
+            case "lots":
+                probe = asked["num_blocks"] * engine.layout.block_size - 1
+                owners = [f"lot-{index}" for index in range(asked["count"])]
+                asking = [engine.reserve(owner, canary_request(owner, probe), probe) for owner in owners]
+                return [(await asyncio.wrap_future(one)).block_ids for one in asking]
+            case "batch":
+                return await batch.start(asked["size"], asked["context"], asked["name"])
+            case "steps":
+                return batch.steps(asked["start_s"], asked["stop_s"])
+            case "digests":
+                return read_back(asked["is_on"])
+        raise AssertionError(asked)
+
+    await serve(memory_of(engine), answer)
+    engine.stop()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])))
