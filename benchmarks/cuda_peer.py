@@ -18,6 +18,7 @@ import grpc.aio
 import torch
 
 import kv_transfer
+from benchmarks.unchecked import read_back
 from kv_transfer.base import BlockMemory, Endpoint, Manifest, Placement, TransferError
 from kv_transfer.choose import ONE_SIDED
 from kv_transfer.guards import Guards
@@ -152,6 +153,8 @@ async def _answer(
             receiver.memory.slab[asked["block_id"], asked["at"]] ^= 1
             torch.cuda.synchronize()
             return None
+        case "digests":
+            return read_back(asked["is_on"])
         case "check":
             receiver.check()
             return receiver.num_quarantined

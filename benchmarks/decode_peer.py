@@ -7,7 +7,6 @@ Answers, beside what benchmarks/cuda_peer.py does:
     lots     num_blocks, count -> page ids of so many reservations, held for good
     batch    size, context     -> once that many sequences, in place of those before, have got their first tokens
     steps    start_s, stop_s   -> lengths in ms of the full batch's steps between two times of CLOCK_MONOTONIC
-    digests  is_on             -> whether what is said to be placed is read back
 """
 
 import asyncio
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 
 from benchmarks.cuda_peer import serve
-from benchmarks.unchecked import read_back
 from cluster.worker import memory_of
 from decode_worker.kv_service import canary_request
 from engine.config import EngineConfig
@@ -106,8 +104,6 @@ async def main(model: str, device: str, kv_gib: float, max_tokens: int) -> None:
                 return await batch.start(asked["size"], asked["context"], asked["name"])
             case "steps":
                 return batch.steps(asked["start_s"], asked["stop_s"])
-            case "digests":
-                return read_back(asked["is_on"])
         raise AssertionError(asked)
 
     await serve(memory_of(engine), answer)

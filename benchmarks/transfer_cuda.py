@@ -7,8 +7,10 @@ as four stretches of 8 layers. The receiver is another process. In one run, the 
 
     copy       one contiguous peer copy of 1 GiB by the copy engine
     kernel     the push kernel alone, by GPU events, without and with taking the digest
-    transfer   cuda_ipc from open to the answer that everything has landed and is verified; with the commit's answer
-    nccl       send and receive of as many contiguous bytes, between two more processes
+    transfer   cuda_ipc from open to the answer that everything has landed and is verified; with the commit's answer.
+               `unchecked`: as if nobody took digests
+    nixl       the same by our transport `nixl` over UCX, where the package is installed
+    nccl       256 MiB of contiguous bytes, and the same pages gathered, sent and scattered (benchmarks/nccl_cuda.py)
     cost       a matrix product of 8192^3 alone, and while pages are pushed at full speed; the same for a stretch of
                memory-bound work, as decode is
 
@@ -29,13 +31,17 @@ from typing import Any
 import torch
 
 from benchmarks.cuda_peer import SOURCE, Peer, make_memory
+from benchmarks.unchecked import no_digest_taken
 from kv_transfer.base import BlockMemory, Link
+from kv_transfer.create import create_sender
 from kv_transfer.cuda_ipc import CudaIpcSender
 from kv_transfer.cuda_pages import page_ids
+from kv_transfer.nixl import try_agent
 from kv_transfer.push_kernel import Side, launch
 from kv_transfer.relayout import TileRange
 
 LAYERS, HEADS, DIM, MOVED, POOL = 32, 8, 128, 128, 160
+TARGETS = {16: 0.75, 64: 0.88}  # of the peer copy, for a whole transfer, by tokens a page
 
 
 def main() -> None:
@@ -43,18 +49,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--programs", type=int, nargs="+", default=[32, 64, 132])
-    parser.add_argument("--nccl", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.nccl is not None:
-        return nccl(args.nccl)
     assert torch.cuda.device_count() >= 2, "two GPUs are needed"
     torch.cuda.set_device(0)
     found: dict[str, Any] = {"copy": peer_copy()}
     print(f"{'contiguous peer copy':<56}{found['copy']:8.1f} GB/s", flush=True)
     for block_size in args.block_sizes:
         found[str(block_size)] = asyncio.run(measure(block_size, args.programs, args.rounds, found["copy"]))
-    found["nccl"] = asyncio.run(nccl_pair())
-    print(f"{'NCCL send/recv, 256 MiB contiguous':<56}{found['nccl']:8.1f} GB/s", flush=True)
+    found["nccl"] = asyncio.run(nccl(args.block_sizes))
+    for name, figure in found["nccl"].items():
+        said = "256 MiB contiguous" if name == "contiguous" else f"{name} tokens a page, gathered and scattered"
+        print(f"{f'NCCL, {said}':<64}{figure:8.1f} GB/s {figure / found['copy']:5.2f}", flush=True)
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "transfer_cuda", "gb_per_s": found, "rounds": args.rounds, **machine}))
 
@@ -70,14 +75,23 @@ async def measure(block_size: int, programs: list[int], rounds: int, copy: float
         figures = {"kernel": kernel(source, link, count, False), "kernel_digest": kernel(source, link, count, True)}
         landed, committed = await transfers(source, peer, link, rounds)
         figures |= {"transfer": landed, "transfer_committed": committed}
+        await peer.ask("digests", is_on=False)
+        with no_digest_taken():
+            figures["transfer_unchecked"] = (await transfers(source, peer, link, rounds))[0]
+        await peer.ask("digests", is_on=True)
         if block_size == 64:
             figures |= cost(source, link, count)
         for name, figure in figures.items():
             is_rate = not name.startswith("cost")
             said = f"{figure:8.1f} GB/s {figure / copy:5.2f}" if is_rate else f"{figure:8.3f} of alone"
+            said += f", target {TARGETS[block_size]}" if name == "transfer" and block_size in TARGETS else ""
             print(f"{block_size:>4} tokens a page, {count:>3} programs: {name:<24}{said}", flush=True)
         found[str(count)] = figures
         await sender.close()
+    over_nixl = await nixl(source, peer, rounds)
+    if over_nixl is not None:
+        found["nixl"] = over_nixl
+        print(f"{block_size:>4} tokens a page, NIXL{over_nixl:48.1f} GB/s {over_nixl / copy:5.2f}", flush=True)
     await peer.stop()
     return found
 
@@ -132,7 +146,7 @@ async def transfers(source: BlockMemory, peer: Peer, link: Link, rounds: int) ->
     num_bytes = MOVED * source.slab.shape[1]
     for index in range(rounds + 2):
         mine, theirs = (random.Random(index + seed).sample(range(POOL), MOVED) for seed in (0, 1000))
-        transfer_id, placement = await peer.grant(theirs, "cuda_ipc")
+        transfer_id, placement = await peer.grant(theirs, link.transport)
         started_s = time.perf_counter()
         outgoing = link.open(transfer_id, placement=placement)
         for layer in range(0, LAYERS, 8):
@@ -168,34 +182,30 @@ def cost(source: BlockMemory, link: Link, num_programs: int) -> dict[str, float]
     return {name: ratio(work) for name, work in works.items()}
 
 
-def nccl(rank: int) -> None:
-    import torch.distributed as dist
-
-    torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl", init_method="tcp://127.0.0.1:29517", rank=rank, world_size=2, device_id=torch.device("cuda", rank)
-    )
-    data = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def work() -> None:
-        (dist.send if rank == 0 else dist.recv)(data, 1 - rank)
-
-    took = milliseconds(work, 9)
-    if rank == 0:
-        print(len(data) / 1e6 / took)
-    dist.destroy_process_group()
+async def nixl(source: BlockMemory, peer: Peer, rounds: int) -> float | None:
+    """None where NIXL, here or there, is not installed or does not take the pool."""
+    endpoint = next((e for e in peer.endpoints if e.transport == "nixl"), None)
+    agent = try_agent(source) if endpoint is not None else "the receiver does not have it"
+    if endpoint is None or isinstance(agent, str):
+        print(f"NIXL: {agent}", flush=True)
+        return None
+    sender = create_sender("nixl", source, SOURCE)
+    landed, _ = await transfers(source, peer, await sender.connect(peer.address, endpoint), rounds)
+    await sender.close()
+    return landed
 
 
-async def nccl_pair() -> float:
-    processes = [
-        await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "benchmarks.transfer_cuda", "--nccl", str(rank)), stdout=asyncio.subprocess.PIPE
-        )
+async def nccl(block_sizes: list[int]) -> dict[str, float]:
+    """By benchmarks/nccl_cuda.py."""
+    command = (sys.executable, "-m", "benchmarks.nccl_cuda")
+    pipe = asyncio.subprocess.PIPE
+    ranks = [
+        await asyncio.create_subprocess_exec(*command, str(rank), *map(str, block_sizes), stdout=pipe)
         for rank in (0, 1)
     ]
-    output, _ = await asyncio.wait_for(processes[0].communicate(), 120)
-    await processes[1].wait()
-    return float(output.split()[-1]) if output else 0.0
+    output, _ = await asyncio.wait_for(ranks[0].communicate(), 120)
+    await ranks[1].communicate()
+    return json.loads(output.splitlines()[-1]) if output else {}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ taken of what was read and compared with what landed. Blocks must be of one size
 pip install 'pdserve[nixl]'. Its library and grpcio-tools' generator cannot live in one process.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ from types import ModuleType
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
 
 from kv_transfer import locality
 from kv_transfer.base import Endpoint, Placement, TransferBroken, TransferRefused
@@ -98,10 +100,12 @@ class Agent:
         self.kind = nixl.VRAM_SEG if memory.slab.is_cuda else nixl.DRAM_SEG
         self.device = memory.slab.device.index or 0
         self.address = memory.slab.data_ptr()
-        self.inner = nixl.nixlAgent(uuid.uuid4().hex, config)
-        self._backend = self.inner.createBackend("UCX", {})
-        self._regions = nixl.nixlRegDList(self.kind, [(self.address, memory.slab.nbytes, self.device, "")])
-        self.inner.registerMem(self._regions, [self._backend])
+        # UCX asks the driver about the memory, in whatever context is current.
+        with torch.cuda.device(memory.slab.device) if memory.slab.is_cuda else contextlib.nullcontext():
+            self.inner = nixl.nixlAgent(uuid.uuid4().hex, config)
+            self._backend = self.inner.createBackend("UCX", {})
+            self._regions = nixl.nixlRegDList(self.kind, [(self.address, memory.slab.nbytes, self.device, "")])
+            self.inner.registerMem(self._regions, [self._backend])
 
     def handle(self, guards: str) -> PoolHandle:
         num_blocks, block_bytes = self.memory.slab.shape
@@ -135,7 +139,9 @@ class NixlSender(OneSidedSender):
         def map_pool(endpoint: Endpoint) -> "_Pool":
             return _Pool(agent, PoolHandle.decode(endpoint.data))
 
-        super().__init__("nixl", agent.memory, source, progress_s, Threads("kv-nixl"), map_pool, MAX_WRITE_BYTES)
+        slab = agent.memory.slab
+        threads = Threads("kv-nixl", (lambda: torch.cuda.set_device(slab.device)) if slab.is_cuda else None)
+        super().__init__("nixl", agent.memory, source, progress_s, threads, map_pool, MAX_WRITE_BYTES)
 
 
 class _Pool:
