@@ -82,6 +82,11 @@ def launch(
     theirs = target_heads or Heads(mine.num, 0, mine.num)
     words, columns = row_bytes // 4, triton.next_power_of_2(row_bytes // 4)
     units = max(1, tile_words // (unit * columns))
+    is_aligned = row_bytes % 16 == 0 and all(
+        number % 16 == 0
+        for side in (source, other)
+        for number in (side.address, side.block_bytes, before * side.block_size)
+    )
     move_kernel[(num_programs,)](
         source.address,
         other.address,
@@ -114,6 +119,7 @@ def launch(
         PUSH=target is not None,
         GUARDED=bool(guard),
         DIGEST=with_digest,
+        ALIGNED=is_aligned,
         num_warps=num_warps,
     )
 
@@ -175,9 +181,12 @@ def move_kernel(
     PUSH: tl.constexpr,
     GUARDED: tl.constexpr,
     DIGEST: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     source = tl.cast(source, tl.pointer_type(tl.int32))
     target = tl.cast(target, tl.pointer_type(tl.int32))
+    if ALIGNED:  # to 16 bytes, as is every row; a cast forgets it, and then words would move one by one
+        source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
     source_pages = tl.cast(source_pages, tl.pointer_type(tl.int32))
     target_pages = tl.cast(target_pages, tl.pointer_type(tl.int32))
     digests = tl.cast(digests, tl.pointer_type(tl.int64))
