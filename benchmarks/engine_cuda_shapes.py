@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "toy": dict(  # runs on a CPU too
         architectures=["LlamaForCausalLM"],
         model_type="llama",
-        vocab_size=32000,
+        vocab_size=49152,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=4,
