@@ -92,9 +92,11 @@ class Peer:
 
 
 async def _line(process: asyncio.subprocess.Process) -> bytes:
+    """The next answer. Libraries write to stdout, too."""
     assert process.stdout is not None
-    line = await asyncio.wait_for(process.stdout.readline(), 120)
-    assert line, "the receiving process has died"
+    while not (line := await asyncio.wait_for(process.stdout.readline(), 120)).startswith(b"{"):
+        assert line, "the receiving process has died"
+        print(line.decode().rstrip(), file=sys.stderr)
     return line
 
 

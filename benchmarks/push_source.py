@@ -6,7 +6,7 @@ import time
 from benchmarks.cuda_peer import SOURCE, Peer
 from benchmarks.decode_peer import make_engine, make_request
 from cluster.worker import memory_of
-from engine.request import Event, Started, Token
+from engine.request import Event, Failed, Started, Token
 from kv_transfer.base import BlockMemory, Link, Outgoing, Sender
 from kv_transfer.create import create_sender
 
@@ -76,6 +76,9 @@ class Prefill:
                 self._started[event.request_id] = now
             elif isinstance(event, Token):
                 self.loop.call_soon_threadsafe(self._ended[event.request_id].set_result, now)
+            elif isinstance(event, Failed):
+                error = RuntimeError(f"{event.request_id}: {event.message}")
+                self.loop.call_soon_threadsafe(self._ended[event.request_id].set_exception, error)
 
 
 class Sink:
