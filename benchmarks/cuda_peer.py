@@ -147,7 +147,7 @@ async def _answer(
         case "release":
             return receiver.release(transfer_id)
         case "fence":
-            return receiver.fence(transfer_id)
+            return receiver.quarantine.fence(transfer_id)
         case "pages":
             pages = receiver.memory.slab[asked["block_ids"]]
             return [hashlib.sha256(page.cpu().numpy().tobytes()).hexdigest() for page in pages]
@@ -159,7 +159,7 @@ async def _answer(
             return read_back(asked["is_on"])
         case "check":
             receiver.check()
-            return receiver.num_quarantined
+            return len(receiver.quarantine)
     assert also is not None, asked
     return await also(asked)
 

@@ -135,6 +135,9 @@ class WorkerActor(_Actor):
     async def canary(self, target_worker_id: str, num_blocks: int) -> dict[str, Any]:
         return await self._hosted.canary(target_worker_id, num_blocks)
 
+    async def writer_ended(self, worker_id: str, incarnation: str) -> None:
+        self._hosted.writer_ended(worker_id, incarnation)
+
     async def versions(self) -> dict[str, str]:
         """What this process runs on, for the doctor."""
         from importlib.metadata import PackageNotFoundError, version

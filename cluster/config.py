@@ -166,6 +166,9 @@ class DeploymentConfig(Section):
     startup_timeout_s: float = Field(
         default=900, gt=0, description="a placed worker may take so long until it is ready"
     )
+    fence_timeout_s: float = Field(
+        default=30, gt=0, description="a worker that does not end its writes into a peer's pool is killed after so long"
+    )
     runtime_env: dict[str, Any] = Field(
         default={},
         description="Ray runtime_env of all actors, such as {working_dir: .}; default: pdserve is on the nodes",

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import CONTROLLER, RouterActor, WorkerActor
 from cluster.config import ROLES, DeploymentConfig, Placement, PoolName, missing_half
+from cluster.fencing import Fencing
 from cluster.placement import Demand, cluster_nodes, waits_for
 from cluster.spec import SEES_ALL_GPUS, Builders, RouterSpec, WorkerSpec, num_threads, worker_spec
 from cluster.supervisor import Supervisor, explain, result_of
@@ -45,6 +46,7 @@ class Controller:
         self._targets = config.targets()
         self._workers: dict[str, Supervisor] = {}  # by worker id, in order of creation
         self._pool_of: dict[str, PoolName] = {}
+        self._fencing = Fencing(self._workers, config.fence_timeout_s, self._spawn)
         self._router = self._supervise_router()
         self._version = 0
         self._changed = asyncio.Condition()
@@ -85,6 +87,7 @@ class Controller:
                 "pid": os.getpid(),
                 "node": ray.get_runtime_context().get_node_id(),
                 "host": ray.util.get_node_ip_address(),
+                "writers_killed": self._fencing.num_killed,
             },
             "router": {
                 **self._describe(self._router, self._config.router, nodes),
@@ -222,7 +225,9 @@ class Controller:
         def spec(restarts: int) -> WorkerSpec:
             return worker_spec(self._config, pool, worker_id, restarts, self._builders.worker, threads)
 
-        worker = Supervisor(worker_id, create, spec, self._config.startup_timeout_s, self._touch, self.publish)
+        worker = Supervisor(
+            worker_id, create, spec, self._config.startup_timeout_s, self._touch, self.publish, self._reported
+        )
         self._workers[worker_id] = worker
         self._pool_of[worker_id] = pool
         return worker
@@ -244,7 +249,9 @@ class Controller:
                 settings = dataclasses.replace(settings, port=int(self._router.ready["address"].rpartition(":")[2]))
             return RouterSpec(restarts, self._config.name, self._config.model.path, settings, self._builders.router)
 
-        return Supervisor("router", create, spec, self._config.startup_timeout_s, self._touch, self.publish)
+        return Supervisor(
+            "router", create, spec, self._config.startup_timeout_s, self._touch, self.publish, lambda report: None
+        )
 
     def _options(self, actor_name: str, env: dict[str, str]) -> dict[str, Any]:
         options: dict[str, Any] = {"name": actor_name, "namespace": self._config.namespace, "lifetime": "detached"}
@@ -271,6 +278,10 @@ class Controller:
             "host": one.where.get("host", ""),
             "report": one.report,
         }
+
+    def _reported(self, report: dict[str, Any]) -> None:
+        if self._booted.done():  # before, a writer that lives may not be known
+            self._fencing.look(report)
 
     def _touch(self) -> None:
         self._version += 1

@@ -8,6 +8,7 @@ import ray
 
 from cluster.client import Client, ClientError
 from cluster.launch import Deployment, parts
+from cluster.show import silent_writers
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ def examine(deployment: Deployment, num_blocks: int) -> Iterator[Finding]:
     yield _router(status)
     yield _versions(deployment.versions())
     yield _gpus(status)
+    yield _writers(status)
     for source, target in pairs(status):
         result = deployment.canary(source, target, num_blocks)
         if result["ok"]:
@@ -69,6 +71,14 @@ def _versions(by_worker: dict[str, dict[str, str]]) -> Finding:
         return Finding("versions agree", False, "; ".join(differing))
     found = next(iter(by_worker.values()), {})
     return Finding("versions agree", True, ", ".join(f"{package} {version}" for package, version in found.items()))
+
+
+def _writers(status: dict[str, Any]) -> Finding:
+    """Pages that nobody may use, since a one-sided writer has not said that it has stopped."""
+    workers = [worker for pool in status["pools"].values() for worker in pool["workers"]]
+    waiting = [f"{worker['id']} waits for {writer}" for worker in workers for writer in silent_writers(worker)]
+    said = "; ".join(waiting) or f"{status['controller']['writers_killed']} workers were killed for theirs"
+    return Finding("writes are fenced", not waiting, said)
 
 
 def _gpus(status: dict[str, Any]) -> Finding:

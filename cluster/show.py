@@ -41,13 +41,23 @@ def _links(status: dict[str, Any]) -> list[Text]:
     lines = []
     for pool in status["pools"].values():
         for worker in pool["workers"]:
-            if quarantined := worker["report"].get("quarantined_blocks"):
-                lines.append(Text(f"{worker['id']}: {quarantined} blocks wait for a silent writer", "yellow"))
+            blocks = worker["report"].get("quarantined_blocks")
+            lines += [
+                Text(f"{worker['id']}: {blocks} blocks wait for {waits}", "yellow") for waits in silent_writers(worker)
+            ]
             for link in worker["report"].get("links", ()):
                 speed = f" {link['gb_per_s']:.1f} GB/s" if link["gb_per_s"] else ""
                 why = f" ({link['why']})" if link["why"] else ""
                 lines.append(Text(f"KV {worker['id']} -> {link['worker_id']}: {link['transport']}{speed}{why}", "dim"))
     return lines
+
+
+def silent_writers(worker: dict[str, Any]) -> list[str]:
+    """Who may still be writing into the worker's pool though its transfers are over, and for how long."""
+    return [
+        f"{writer['worker_id']} ({writer['incarnation'][:8]}), silent for {writer['age_s']:.0f} s"
+        for writer in worker["report"].get("silent_writers", ())
+    ]
 
 
 def _workers(status: dict[str, Any]) -> Table:

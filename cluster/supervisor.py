@@ -51,6 +51,7 @@ class Supervisor:
         startup_timeout_s: float,
         touched: Callable[[], None],
         publish: Callable[[], Awaitable[None]],
+        reported: Callable[[dict[str, Any]], None],
     ) -> None:
         self.name = name
         self.state = "placing"
@@ -68,6 +69,8 @@ class Supervisor:
         self._startup_timeout_s = startup_timeout_s
         self._touched = touched
         self._publish = publish
+        self._reported = reported
+        self._verdict: asyncio.Future[str] | None = None
         self._task: asyncio.Task[None] | None = None
 
     def run(self) -> None:
@@ -80,6 +83,11 @@ class Supervisor:
         self.where = {key: identity[key] for key in ("pid", "node_id", "host")}
         self._join(identity["ready"])
         self._task = asyncio.create_task(self._lives(adopted=True), name=f"supervise {self.name}")
+
+    def condemn(self, why: str) -> None:
+        """Ends the life that it has now, as if it had died."""
+        if self._verdict is not None and not self._verdict.done():
+            self._verdict.set_result(why)
 
     async def retire(self, drain_timeout_s: float | None) -> None:
         """Ends it for good; with a drain timeout, after everybody was told and its last run is over."""
@@ -111,6 +119,7 @@ class Supervisor:
         if self.state in _ALIVE:
             with contextlib.suppress(TimeoutError, RayError):
                 self.report = await asyncio.wait_for(result_of(self.handle.report.remote()), within_s)
+                self._reported(self.report)
 
     async def tell_members(self, members: bytes, within_s: float) -> None:
         if self.state not in _ALIVE:
@@ -182,14 +191,17 @@ class Supervisor:
         return False
 
     async def _until_unfit(self) -> str:
-        """Why the actor cannot go on: its death, its own word, or its silence."""
+        """Why the actor cannot go on: its death, its own word, its silence, or another's verdict."""
         watch = asyncio.ensure_future(result_of(self.handle.watch.remote()))
+        self._verdict = asyncio.get_running_loop().create_future()
+        ends = asyncio.FIRST_COMPLETED
         try:
             while True:
-                done, _ = await asyncio.wait({watch}, timeout=_HEARTBEAT_S)
+                done, _ = await asyncio.wait({watch, self._verdict}, timeout=_HEARTBEAT_S, return_when=ends)
                 if done:
-                    return watch.result()
+                    return done.pop().result()
                 self.report = await asyncio.wait_for(result_of(self.handle.report.remote()), _SILENCE_S)
+                self._reported(self.report)
         except TimeoutError:
             return f"no answer for {_SILENCE_S:g} s"
         except RayError as error:

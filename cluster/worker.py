@@ -19,13 +19,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 import kv_transfer
 from cluster.worker_service import WorkerServicer
 from decode_worker.decoder import Decoder
+from decode_worker.fencing import Fencing
 from decode_worker.kv_service import KvTransferServicer, canary_request
 from decode_worker.returns import Returns
 from decode_worker.session import DecodeServicer
 from engine.config import EngineConfig
 from engine.dispatch import Dispatcher
 from engine.engine import Engine
-from kv_transfer import locality
 from kv_transfer.guards import Guards
 from kv_transfer.memory import BlockMemory
 from kv_transfer.peers import Peers
@@ -105,7 +105,10 @@ class Worker:
         self._offers = Offers(engine, self._receiver, self._peers, writers, is_open=self._kv_return)
         self._returns = Returns(engine, self._peers, is_on=self._kv_return)
         self._decoder = Decoder(engine, dispatcher, self._receiver, self._returns.offer)
-        self._kv = KvTransferServicer(self._decoder, self._offers, self.me, layout, self._transports, writers)
+        self._fencing = Fencing(engine, self._receiver.quarantine, self._peers)
+        self._kv = KvTransferServicer(
+            self._decoder, self._offers, self.me, layout, self._transports, writers, self._fencing
+        )
         self._service = WorkerServicer(
             self, engine, self._prefill, self._decoder, self._returns, self._receiver, self._transport, self._peers
         )
@@ -160,6 +163,7 @@ class Worker:
         if self._measuring is not None:
             self._measuring.cancel()
             await asyncio.gather(self._measuring, return_exceptions=True)
+        await self._fencing.close()
         await self._set_state(worker_pb2.WORKER_STATE_STOPPED)
         await self._server.stop(grace=0.2)
         await self._prefill.close()
@@ -190,8 +194,13 @@ class Worker:
             "pid": os.getpid(),
             "progress": self.progress,
             "transport": self._transport,
+            "silent_writers": self._fencing.status() if self.address else [],
             **fields,
         }
+
+    def writer_ended(self, worker_id: str, incarnation: str) -> None:
+        """The controller knows that this process has ended: what it may have written to is free."""
+        self._fencing.ended(worker_id, incarnation)
 
     async def check(self) -> None:
         """Every invariant of the engine's pools and the receiver's tickets; AssertionError if one is broken."""
@@ -240,7 +249,7 @@ class Worker:
         )
         granted = await peer.stub.Canary(request, timeout=_CANARY_S)
         started = time.perf_counter()
-        outgoing = peer.link.open(granted.transfer_id, placement=placement_from_pb(granted))
+        outgoing = peer.open(granted.transfer_id, placement_from_pb(granted))
         try:
             outgoing.push(block_ids, 0, 0, self.engine.layout.num_layers, after)
             manifest = await peer.commit(granted.transfer_id, outgoing)
@@ -268,7 +277,7 @@ class Worker:
             await asyncio.sleep(_HEALTH_PERIOD_S)
             try:
                 self._decoder.expire(self._kv.expire)
-                self._decoder.fence_gone(lambda source, process: locality.is_gone(process))
+                self._fencing.look()
                 self._measure_a_link()
                 alive = self.engine.heartbeat_age_s() < _STALLED_AFTER_S
                 if self.state in (worker_pb2.WORKER_STATE_READY, worker_pb2.WORKER_STATE_DRAINING) and not alive:

@@ -122,21 +122,10 @@ class Decoder:
         if run.transfer_id:
             # The receiver's lock: after this we write no byte of the transfer.
             self.receiver.release(run.transfer_id)
-            if self.receiver.is_quarantined(run.transfer_id):
+            if run.transfer_id in self.receiver.quarantine:
                 self.engine.quarantine(run.owner)
         self.engine.abort(run.request.id)  # its reservation, held or queued, included
         self.runs.remove(run)
-
-    def fence(self, transfer_id: bytes) -> None:
-        """Its one-sided writer has stopped: pages in quarantine are free."""
-        owner = self.receiver.fence(transfer_id)
-        if owner is not None:
-            self.engine.release(owner)
-
-    def fence_gone(self, is_gone: Callable[[tuple[str, str], str], bool]) -> None:
-        """Frees the quarantined pages of writers, (worker id, incarnation) and process, that have ended."""
-        for owner in self.receiver.fence_gone(is_gone):
-            self.engine.release(owner)
 
     def fail(self, run: Run, reason: inference_pb2.ErrorReason | str, message: str, retryable: bool) -> None:
         if run.state is not RunState.OVER:

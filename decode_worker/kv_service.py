@@ -12,6 +12,7 @@ from typing import Protocol
 import grpc
 
 from decode_worker.decoder import Decoder
+from decode_worker.fencing import Fencing
 from decode_worker.runs import Run, RunState
 from engine.request import FirstToken, Request, SamplingParams
 from engine.wire import token_hash
@@ -50,6 +51,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         layout: kv.KvLayout,
         transports: Transports,
         writers: Writers,
+        fencing: Fencing,
     ):
         self._decoder = decoder
         self._offers = offers
@@ -57,6 +59,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         self._layout = layout
         self._transports = transports
         self._writers = writers
+        self._fencing = fencing
         self._commits: OrderedDict[bytes, asyncio.Task[kv.CommitResponse]] = OrderedDict()
         self._canaries: dict[bytes, str] = {}  # ticket -> engine owner
 
@@ -116,8 +119,11 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         elif owner is not None:
             self._free_canary(request.transfer_id, owner)
         if request.fenced:
-            self._decoder.fence(request.transfer_id)
+            self._fencing.fence(request.transfer_id)
         return kv.ReleaseResponse(found=found)
+
+    async def Fence(self, request, context) -> kv.FenceResponse:
+        return await answer(context, lambda: self._fencing.answer(request))
 
     async def Offer(self, request, context) -> kv.OfferResponse:
         return await answer(context, lambda: self._offers.offer(request))
@@ -252,7 +258,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
 
     def _free_canary(self, transfer_id: bytes, owner: str) -> None:
         self._decoder.receiver.release(transfer_id)
-        if self._decoder.receiver.is_quarantined(transfer_id):
+        if transfer_id in self._decoder.receiver.quarantine:
             self._decoder.engine.quarantine(owner)
         else:
             self._decoder.engine.release(owner)

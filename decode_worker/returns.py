@@ -161,7 +161,7 @@ class Returns:
     ) -> None:
         transfer_id, first_block = granted.transfer_id, granted.cached_tokens // self._engine.layout.block_size
         is_committed = False
-        outgoing = peer.link.open(transfer_id, placement=placement_from_pb(granted))
+        outgoing = peer.open(transfer_id, placement_from_pb(granted))
         peer.hold(transfer_id, granted.lease_ms / 1000, self._peers.source, lambda: outgoing.abort("the lease is over"))
         try:
             outgoing.push(block_ids[first_block:], first_block, 0, self._engine.layout.num_layers)

@@ -15,7 +15,7 @@ as, for each block in order, the contiguous bytes of its layers. The chunks of a
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -139,6 +139,9 @@ class Outgoing(Protocol):
 
     async def wait_closed(self) -> None:
         """Returns when the transfer is over, however it ended, and no local page will be read any more."""
+
+    def add_closed_callback(self, callback: Callable[["Outgoing"], None]) -> None:
+        """On the loop: calls `callback` when the transfer is closed."""
 
 
 @dataclass(frozen=True, slots=True)

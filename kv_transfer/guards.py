@@ -4,7 +4,7 @@
     anything else            it is over: a write that comes late must not happen
 
 Memory of the receiver that processes of the same host map (a memfd, so it goes with its owner). A guard stops what has
-not begun; what has begun is waited for (the quarantine of kv_transfer/receiver.py).
+not begun; what has begun is waited for (kv_transfer/quarantine.py).
 """
 
 import mmap

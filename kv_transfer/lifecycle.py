@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, Self
+from typing import Any, Protocol
 
 from kv_transfer.base import Manifest, ManifestBuilder, TransferBroken
 from kv_transfer.memory import BlockMemory
@@ -74,7 +74,7 @@ class Lifecycle:
     async def wait_closed(self) -> None:
         await asyncio.shield(self._task)
 
-    def add_closed_callback(self, callback: Callable[[Self], None]) -> None:
+    def add_closed_callback(self, callback: Callable[[Any], None]) -> None:
         """On the loop: calls `callback` when the transfer is closed."""
         self._task.add_done_callback(lambda _: callback(self))
 

@@ -5,6 +5,8 @@ process    boot id / pid namespace : pid : start time    equal: one process; the
 """
 
 import os
+import select
+import signal
 from pathlib import Path
 
 
@@ -29,6 +31,31 @@ def is_gone(name: str) -> bool:
     if not scope or scope != _scope() or not pid.isdigit():
         return False
     return _started(int(pid)) != started
+
+
+def is_here(name: str) -> bool:
+    """Whether `is_gone` can tell."""
+    return bool(_scope()) and name.startswith(f"{_scope()}:")
+
+
+def end(name: str, within_s: float) -> bool:
+    """Kills the process that gave itself this name; True once it has ended, False if that cannot be told from here, or
+    not so soon. Raises PermissionError. Blocks."""
+    if not is_here(name) or is_gone(name):
+        return is_gone(name)
+    try:
+        process = os.pidfd_open(int(name.split(":")[-2]))
+    except ProcessLookupError:
+        return is_gone(name)
+    try:
+        if not is_gone(name):  # so the descriptor is of that process, and not of one that got its pid
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [], within_s)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(process)
+    return is_gone(name)
 
 
 def _scope() -> str:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 import grpc
 
 from kv_transfer import locality
-from kv_transfer.base import PROTOCOL_VERSION, Endpoint, Link, Manifest, Outgoing, TransferRefused
+from kv_transfer.base import PROTOCOL_VERSION, Endpoint, Link, Manifest, Outgoing, Placement, TransferRefused
 from kv_transfer.choose import ONE_SIDED
 from kv_transfer.create import Transports
+from kv_transfer.open_transfers import OpenTransfers
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
 from protos import worker_pb2
@@ -43,7 +44,15 @@ class Peer:
     `why` says what was passed over for the link's transport.
     """
 
-    def __init__(self, ref: kv.WorkerRef, channel: grpc.aio.Channel, link: Link, why: str, block_size: int):
+    def __init__(
+        self,
+        ref: kv.WorkerRef,
+        channel: grpc.aio.Channel,
+        link: Link,
+        why: str,
+        block_size: int,
+        transfers: OpenTransfers,
+    ):
         self.ref = ref
         self.link = link
         self.block_size = block_size  # tokens per block there
@@ -51,6 +60,7 @@ class Peer:
         self.gb_per_s = 0.0  # of a verified test transfer; 0: not measured
         self._stub = kv_grpc.KvTransferServiceStub(channel)
         self._channel = channel
+        self._transfers = transfers
         self._leases: dict[bytes, Callable[[], None]] = {}
         self._renewing: asyncio.Task | None = None
         self._unheard: dict[bytes, kv.ReleaseRequest] = {}  # fences of one-sided transfers, not answered yet
@@ -64,6 +74,10 @@ class Peer:
         if self._is_closed:
             raise PeerUnavailable(f"worker {self.ref.worker_id} ({self.ref.incarnation}) has left")
         return self._stub
+
+    def open(self, transfer_id: bytes, placement: Placement | None) -> Outgoing:
+        """Begins the transfer of a grant of this peer. Raises TransferRefused."""
+        return self._transfers.add(transfer_id, lambda: self.link.open(transfer_id, placement=placement))
 
     def hold(self, transfer_id: bytes, lease_s: float, source: kv.WorkerRef, lost: Callable[[], None]) -> None:
         """Renew the ticket's lease until `drop`; `lost` is called once if the receiver says it is over."""
@@ -159,6 +173,7 @@ class Peers:
 
     def __init__(self, source: kv.WorkerRef, layout: kv.KvLayout, transports: Transports):
         self.source = source
+        self.transfers = OpenTransfers()
         self._layout = layout
         self._transports = transports
         self._members: dict[str, worker_pb2.Member] = {}
@@ -184,6 +199,10 @@ class Peers:
         """Whether membership knows this incarnation now."""
         member = self._members.get(worker_id)
         return member is not None and member.incarnation == incarnation
+
+    def address(self, worker_id: str, incarnation: str) -> str:
+        """Of that incarnation; empty if it is no member."""
+        return self._members[worker_id].address if self.is_member(worker_id, incarnation) else ""
 
     async def connect(self, ref: kv.WorkerRef) -> Peer:
         """Raises PeerUnavailable or PeerIncompatible."""
@@ -235,7 +254,7 @@ class Peers:
             if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
                 raise PeerIncompatible(error.details()) from error
             raise PeerUnavailable(f"worker {ref.worker_id} at {address}: {error.code().name}") from error
-        peer = Peer(ref, channel, connection.link, connection.why, answer.layout.block_size)
+        peer = Peer(ref, channel, connection.link, connection.why, answer.layout.block_size, self.transfers)
         _log.info("KV to %s goes over %s; %s", ref.worker_id, peer.link.transport, peer.why or "nothing passed over")
         return peer
 

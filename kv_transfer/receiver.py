@@ -4,9 +4,8 @@ Every chunk is placed and checked under its ticket's lock, and every way out of 
 release, expire or commit has returned, no byte of that transfer is written any more; they wait for at most one chunk.
 
 That holds for two-sided transports, where we write. A one-sided writer may be in the middle of a write when its ticket
-is released or expires: the ticket then goes to the quarantine, and its owner's pages must not be used again before
-`fence` (the writer says that it has stopped) or `fence_gone` (it has ended). Its guard is revoked at once, so nothing
-new begins. A writer commits only what it has seen complete: a commit is a fence.
+is released or expires: the ticket then goes to the quarantine (kv_transfer/quarantine.py), and its guard is revoked at
+once, so that nothing new begins. A writer commits only what it has seen complete: a commit is a fence.
 """
 
 import asyncio
@@ -30,6 +29,7 @@ from kv_transfer.base import (
 from kv_transfer.guards import Guards
 from kv_transfer.invariants import check
 from kv_transfer.memory import BlockMemory
+from kv_transfer.quarantine import Quarantine
 from kv_transfer.ticket import LIVE, State, Ticket, differs, to_come
 
 TICKET_BYTES = 16
@@ -59,7 +59,7 @@ class Receiver:
         self._lock = threading.Lock()  # the two tables and the counter; taken inside a ticket's lock, never around it
         self._tickets: dict[bytes, Ticket] = {}
         self._tombstones: OrderedDict[bytes, Ticket] = OrderedDict()
-        self._quarantine: dict[bytes, Ticket] = {}  # buried, but their writers may not have stopped
+        self.quarantine = Quarantine(guards, clock)
         self._guards = guards
         self._bytes_received = 0
 
@@ -72,11 +72,6 @@ class Receiver:
     def bytes_received(self) -> int:
         """Bytes placed since the start, those of failed transfers included, those of test transfers not."""
         return self._bytes_received
-
-    @property
-    def num_quarantined(self) -> int:
-        """Tickets in quarantine."""
-        return len(self._quarantine)
 
     @property
     def guards_name(self) -> str:
@@ -269,32 +264,10 @@ class Receiver:
         return [transfer_id for transfer_id, ticket in tickets.items() if ticket is None or not self._renew(ticket)]
 
     def release(self, transfer_id: bytes) -> bool:
-        """Ends a live ticket; True if this call did. Its owner's pages are free to go unless `is_quarantined`."""
+        """Ends a live ticket; True if this call did. Its owner's pages are free to go unless it is in quarantine."""
         with self._lock:
             ticket = self._tickets.get(transfer_id)
         return ticket is not None and self._end(ticket, State.RELEASED)
-
-    def is_quarantined(self, transfer_id: bytes) -> bool:
-        """Whether the ticket is over, but its writer may still be writing."""
-        return transfer_id in self._quarantine
-
-    def fence(self, transfer_id: bytes) -> str | None:
-        """The writer says that it has stopped: returns the owner whose pages leave quarantine, None if none do."""
-        with self._lock:
-            ticket = self._quarantine.pop(transfer_id, None)
-        if ticket is None:
-            return None
-        assert self._guards is not None and ticket.placement is not None
-        self._guards.free(ticket.placement.guard)
-        return ticket.owner
-
-    def fence_gone(self, is_gone: Callable[[tuple[str, str], str], bool]) -> list[str]:
-        """Asks of each quarantined writer, (worker id, incarnation) and process, whether it has ended for certain;
-        returns the owners whose pages leave quarantine."""
-        with self._lock:
-            tickets = list(self._quarantine.values())
-        owners = [self.fence(ticket.transfer_id) for ticket in tickets if is_gone(ticket.source, ticket.writer)]
-        return [owner for owner in owners if owner is not None]
 
     def expire(self) -> list[str]:
         """Ends every ticket whose lease is over; returns their owners. Their pages go as after `release`."""
@@ -306,7 +279,7 @@ class Receiver:
     def check(self) -> None:
         """Asserts every invariant. For tests and debugging."""
         with self._lock:
-            live, dead, quarantined = dict(self._tickets), dict(self._tombstones), dict(self._quarantine)
+            live, dead, quarantined = dict(self._tickets), dict(self._tombstones), self.quarantine.tickets()
         assert len(dead) <= MAX_TOMBSTONES
         check(self.memory, self._guards, live, dead, quarantined)
 
@@ -393,7 +366,7 @@ class Receiver:
                 self._guards.revoke(ticket.placement.guard)
         with self._lock:
             if ticket.placement is not None and state is not State.COMPLETE:
-                self._quarantine[ticket.transfer_id] = ticket
+                self.quarantine.add(ticket)
             del self._tickets[ticket.transfer_id]
             self._tombstones[ticket.transfer_id] = ticket
             while len(self._tombstones) > MAX_TOMBSTONES:

@@ -154,6 +154,9 @@ class Handoff:
                 ),
                 timeout=self._reserve_timeout_s,
             )
+            self._begin(self._peer, answer)
+        except TransferError as error:
+            self._fail(_failed(error, self._target))
         except PeerIncompatible as error:
             self._fail(HandoffFailed(inference_pb2.ERROR_REASON_INCOMPATIBLE_WORKERS, str(error), False))
         except PeerUnavailable as error:
@@ -169,14 +172,12 @@ class Handoff:
             text = f"{self._target.worker_id} left while it was asked for pages"
             self._fail(HandoffFailed(inference_pb2.ERROR_REASON_DECODE_WORKER_LOST, text, True))
             raise
-        else:
-            self._begin(self._peer, answer)
 
     def _begin(self, peer: Peer, answer: kv.ReserveResponse) -> None:
         self._transfer_id = answer.transfer_id
         self.cached_tokens = answer.cached_tokens
         peer.hold(answer.transfer_id, answer.lease_ms / 1000, self._peers.source, self._lease_lost)
-        self._outgoing = peer.link.open(answer.transfer_id, placement=placement_from_pb(answer))
+        self._outgoing = peer.open(answer.transfer_id, placement_from_pb(answer))
         self._engine.grant(self._request.id, answer.cached_tokens // self._engine.layout.block_size)
 
     def _lease_lost(self) -> None:

@@ -107,7 +107,7 @@ class Offers:
         if granted is None:
             return False
         self._receiver.release(transfer_id)
-        if self._receiver.is_quarantined(transfer_id):
+        if transfer_id in self._receiver.quarantine:
             self._engine.quarantine(granted.owner)
         else:
             self._engine.release(granted.owner)

@@ -192,6 +192,22 @@ class ReleaseResponse(_message.Message):
     found: bool
     def __init__(self, found: bool = ...) -> None: ...
 
+class FenceRequest(_message.Message):
+    __slots__ = ("source", "target", "transfer_ids")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_IDS_FIELD_NUMBER: _ClassVar[int]
+    source: WorkerRef
+    target: WorkerRef
+    transfer_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., transfer_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class FenceResponse(_message.Message):
+    __slots__ = ("open_transfer_ids",)
+    OPEN_TRANSFER_IDS_FIELD_NUMBER: _ClassVar[int]
+    open_transfer_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, open_transfer_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class OfferRequest(_message.Message):
     __slots__ = ("source", "target", "token_ids", "cache_namespace", "transport", "block_size")
     SOURCE_FIELD_NUMBER: _ClassVar[int]

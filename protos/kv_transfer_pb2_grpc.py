@@ -59,6 +59,11 @@ class KvTransferServiceStub(object):
                 request_serializer=protos_dot_kv__transfer__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=protos_dot_kv__transfer__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.Fence = channel.unary_unary(
+                '/pdserve.v1.KvTransferService/Fence',
+                request_serializer=protos_dot_kv__transfer__pb2.FenceRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__transfer__pb2.FenceResponse.FromString,
+                _registered_method=True)
         self.Offer = channel.unary_unary(
                 '/pdserve.v1.KvTransferService/Offer',
                 request_serializer=protos_dot_kv__transfer__pb2.OfferRequest.SerializeToString,
@@ -111,6 +116,13 @@ class KvTransferServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fence(self, request, context):
+        """Asks a one-sided writer, by its receiver: which of these tickets, which are over, does it still write under?
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Offer(self, request, context):
         """The way back: a decode worker offers what a finished run left, for the receiver's prefix cache. Answered at once, by
         RESOURCE_EXHAUSTED where blocks are short. Chunks and Commit (without first tokens) or Release follow.
@@ -153,6 +165,11 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=protos_dot_kv__transfer__pb2.ReleaseRequest.FromString,
                     response_serializer=protos_dot_kv__transfer__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Fence': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fence,
+                    request_deserializer=protos_dot_kv__transfer__pb2.FenceRequest.FromString,
+                    response_serializer=protos_dot_kv__transfer__pb2.FenceResponse.SerializeToString,
             ),
             'Offer': grpc.unary_unary_rpc_method_handler(
                     servicer.Offer,
@@ -300,6 +317,33 @@ class KvTransferService(object):
             '/pdserve.v1.KvTransferService/Release',
             protos_dot_kv__transfer__pb2.ReleaseRequest.SerializeToString,
             protos_dot_kv__transfer__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.KvTransferService/Fence',
+            protos_dot_kv__transfer__pb2.FenceRequest.SerializeToString,
+            protos_dot_kv__transfer__pb2.FenceResponse.FromString,
             options,
             channel_credentials,
             insecure,

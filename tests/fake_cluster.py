@@ -1,17 +1,18 @@
 """What the actors host in tests of the cluster's own duties: as a Worker or a Router behaves, with nothing behind it.
 
 The model's name tells a fake worker what to do: "fake", or "fake,<role>:<deed>" with the deeds fail (cannot start),
-slow (loads for a second), busy (drains for a second).
+slow (loads for a second), busy (drains for a second), waits (for the first prefill-0 it hears of to end its writes).
 """
 
 import asyncio
 import gc
 import os
-import uuid
+import time
 from collections.abc import Callable
 from typing import Any
 
 from cluster.spec import Builders, RouterSpec, WorkerSpec
+from kv_transfer import locality
 from protos import worker_pb2
 
 FAKES = Builders(worker="tests.fake_cluster:worker", router="tests.fake_cluster:router")
@@ -31,7 +32,9 @@ class FakeWorker:
         self.progress = "placing"
         self.state = "starting"
         self._spec = spec
-        self._incarnation = uuid.uuid4().hex[:16]
+        self._incarnation = locality.process()
+        self._waits_for: tuple[str, float] | None = None  # incarnation, since when
+        self._ended: list[tuple[str, str]] = []
         self._address = f"{host}:{10000 + os.getpid() % 50000}"
         self._members: dict[str, str] = {}
 
@@ -52,6 +55,11 @@ class FakeWorker:
 
     def set_members(self, members: list[worker_pb2.Member]) -> None:
         self._members = {member.worker_id: member.incarnation for member in members}
+        if self._does("waits") and self._waits_for is None and "prefill-0" in self._members:
+            self._waits_for = self._members["prefill-0"], time.monotonic()
+
+    def writer_ended(self, worker_id: str, incarnation: str) -> None:
+        self._ended.append((worker_id, incarnation))
 
     async def drain(self) -> None:
         self.state = "draining"
@@ -68,7 +76,19 @@ class FakeWorker:
     def status(self) -> dict[str, Any]:
         if not self.is_fit:
             self.state = "unhealthy"
-        return {"state": self.state, "members": self._members, "engine": self._spec.engine, "num_running": 0}
+        silent = []
+        if self._waits_for is not None and ("prefill-0", self._waits_for[0]) not in self._ended:
+            process, since_s = self._waits_for
+            age_s = time.monotonic() - since_s
+            silent = [{"worker_id": "prefill-0", "incarnation": process, "process": process, "age_s": age_s}]
+        return {
+            "state": self.state,
+            "members": self._members,
+            "engine": self._spec.engine,
+            "num_running": 0,
+            "silent_writers": silent,
+            "ended": self._ended,
+        }
 
     async def canary(self, target_worker_id: str, num_blocks: int) -> dict[str, Any]:
         ok = target_worker_id in self._members

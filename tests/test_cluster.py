@@ -154,6 +154,20 @@ def test_an_engine_without_a_heartbeat_is_replaced(two_nodes: Cluster) -> None:
         assert workers(status)["prefill-0"]["last_error"] == "the engine gives no sign of life"
 
 
+def test_a_writer_that_does_not_fence_is_ended(two_nodes: Cluster) -> None:
+    """Stopped, it answers nobody, Ray included: its node sees to its end, and who waited for it hears so."""
+    with deployed(settings(model="fake,decode:waits", fence_timeout_s=1.0)) as deployment:
+        before = workers(deployment.status())["prefill-0"]
+        os.kill(before["pid"], signal.SIGSTOP)
+        status = until(deployment, lambda s: workers(s)["decode-0"]["report"].get("ended"), within_s=40.0)
+        assert not psutil.pid_exists(before["pid"])
+        assert workers(status)["decode-0"]["report"]["ended"] == [("prefill-0", before["incarnation"])]
+        status = until(deployment, launch.is_settled)
+        after = workers(status)["prefill-0"]
+        assert after["restarts"] == 1 and "had not ended after 1 s" in after["last_error"]
+        assert status["controller"]["writers_killed"] == 1 and after["incarnation"] != before["incarnation"]
+
+
 def test_a_restarted_controller_adopts_what_lives(two_nodes: Cluster) -> None:
     with deployed(settings()) as deployment:
         deployment.scale({"decode": 2})

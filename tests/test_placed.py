@@ -113,8 +113,8 @@ async def test_a_byte_that_changed_on_the_way_is_never_committed():
         outgoing.push([9, 8], 0, 0, NUM_LAYERS)
         with pytest.raises(kv_transfer.TransferCorrupt, match="checksum"):
             await outgoing.finish()
-        assert pair.receiver.release(transfer_id) and pair.receiver.is_quarantined(transfer_id)
-        assert pair.receiver.fence(transfer_id) == "owner"
+        assert pair.receiver.release(transfer_id) and transfer_id in pair.receiver.quarantine
+        assert pair.receiver.quarantine.fence(transfer_id) == "owner"
 
 
 async def test_a_write_that_fails_fails_the_transfer():
@@ -155,9 +155,9 @@ async def test_a_writer_delayed_past_release_writes_nowhere():
         outgoing = pair.open(transfer_id)
         outgoing.push([9, 8], 0, 0, NUM_LAYERS)
         await asyncio.to_thread(pair.writer.begun.wait, 5)
-        assert pair.receiver.release(transfer_id) and pair.receiver.is_quarantined(transfer_id)
+        assert pair.receiver.release(transfer_id) and transfer_id in pair.receiver.quarantine
         pair.writer.gate.set()
         with pytest.raises(kv_transfer.TransferError):
             await outgoing.finish()
         assert not pair.target.slab.any()
-        assert pair.receiver.fence(transfer_id) == "owner"  # what the sender says once it is closed
+        assert pair.receiver.quarantine.fence(transfer_id) == "owner"  # what the sender says once it is closed

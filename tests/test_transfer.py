@@ -199,7 +199,7 @@ async def test_release_during_receive_ends_all_writing(pair: Pair):
     assert pair.receiver.release(transfer_id)
     if pair.is_one_sided:
         await outgoing.wait_closed()
-        assert pair.receiver.fence(transfer_id)
+        assert pair.receiver.quarantine.fence(transfer_id)
     pair.target.slab[:8] = 99  # the pages are somebody else's now
     for layer in range(1, NUM_LAYERS):
         outgoing.push(range(8, 16), 0, layer, layer + 1)

@@ -58,7 +58,7 @@ async def test_sender_killed_after_every_chunk(
                 await asyncio.wait_for(pair.receiver.commit(transfer_id, Manifest(99, 99, b"")), 3)
     assert pair.receiver.release(transfer_id)
     if pair.is_one_sided:  # its end is the word that it does not have for us any more
-        assert pair.receiver.fence_gone(lambda source, process: True) == ["owner"]
+        assert pair.receiver.quarantine.fence_gone(lambda source, process: True) == ["owner"]
     pair.receiver.check()
     again = pair.grant(range(NUM_BLOCKS))  # another sender, the same pages
     outgoing = pair.open(again)

@@ -12,6 +12,7 @@ from kv_transfer.base import ChunkHeader, Endpoint, ManifestBuilder
 from kv_transfer.create import create_sender
 from kv_transfer.guards import NUM_SLOTS, Guards, open_guards
 from kv_transfer.memory import Pages
+from kv_transfer.open_transfers import OpenTransfers
 from kv_transfer.receiver import Receiver
 from protos import kv_transfer_pb2 as kv
 from tests.scheduling import Simulator, make_request
@@ -55,7 +56,7 @@ async def test_a_commit_is_a_fence(receiver: Receiver, guards: Guards):
         for header in headers:
             manifest.add(header)
     await receiver.commit(transfer_id, manifest.manifest())
-    assert not receiver.is_quarantined(transfer_id) and guards.num_taken == 0
+    assert transfer_id not in receiver.quarantine and guards.num_taken == 0
     receiver.check()
 
 
@@ -68,7 +69,7 @@ def test_what_did_not_land_is_not_taken(receiver: Receiver, guards: Guards, flip
     with pytest.raises(kv_transfer.TransferCorrupt):
         receiver.placed(transfer_id, [placed(receiver, [1, 2], flip=flip)])
     assert guards.words[placement.guard] == 0  # its writer stops at once
-    assert receiver.release(transfer_id) and receiver.is_quarantined(transfer_id)
+    assert receiver.release(transfer_id) and transfer_id in receiver.quarantine
     receiver.check()
 
 
@@ -89,7 +90,7 @@ def test_placed_chunks_keep_the_rules_of_chunks(receiver: Receiver):
     with pytest.raises(kv_transfer.TransferBroken, match="lets nobody write"):
         receiver.placed(two_sided, [placed(receiver, [1])])
     receiver.release(two_sided)
-    assert not receiver.is_quarantined(two_sided) and receiver.num_quarantined == 4
+    assert two_sided not in receiver.quarantine and len(receiver.quarantine) == 4
     receiver.check()
 
 
@@ -101,13 +102,13 @@ def test_only_the_writers_word_or_its_end_frees_the_pages(receiver: Receiver, gu
     assert receiver.release(released)
     receiver._clock.now = 11.0  # type: ignore[attr-defined]
     assert sorted(receiver.expire()) == ["owner 2", "owner 3"]
-    assert not words[slots].any() and receiver.num_quarantined == 3 == guards.num_taken
+    assert not words[slots].any() and len(receiver.quarantine) == 3 == guards.num_taken
     receiver.check()
-    assert receiver.fence(released) == "owner 1" and receiver.fence(released) is None
-    assert receiver.fence(b"forged forged!!!") is None
-    assert receiver.fence_gone(lambda source, process: process == "process 3") == ["owner 3"]
-    assert receiver.is_quarantined(expired) and guards.num_taken == 1
-    assert receiver.fence(expired) == "owner 2"
+    assert receiver.quarantine.fence(released) == "owner 1" and receiver.quarantine.fence(released) is None
+    assert receiver.quarantine.fence(b"forged forged!!!") is None
+    assert receiver.quarantine.fence_gone(lambda source, process: process == "process 3") == ["owner 3"]
+    assert expired in receiver.quarantine and guards.num_taken == 1
+    assert receiver.quarantine.fence(expired) == "owner 2"
     receiver.check()
     fresh = receiver.placement(grant(receiver))
     assert fresh is not None and fresh.generation == 4  # never one that a stale writer may hold
@@ -161,7 +162,7 @@ async def test_a_writer_repeats_its_fence_until_it_is_heard(monkeypatch: pytest.
     channel = grpc.aio.insecure_channel("127.0.0.1:9")
     link = await create_sender("grpc", make_memory(4), SOURCE).connect("127.0.0.1:9", Endpoint("grpc"))
     monkeypatch.setattr(type(link), "transport", "cuda_ipc")
-    peer = peers.Peer(kv.WorkerRef(worker_id="decode-0"), channel, link, "", 16)
+    peer = peers.Peer(kv.WorkerRef(worker_id="decode-0"), channel, link, "", 16, OpenTransfers())
     peer._stub = stub = Deaf(peers.RELEASE_TRIES + 3)  # type: ignore[assignment]
     await peer.release(b"ticket", "given up")
     assert not stub.heard.is_set()

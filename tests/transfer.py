@@ -105,9 +105,9 @@ class Pair:
         outgoing.abort("given up")
         assert self.receiver.release(transfer_id)
         if self.is_one_sided:
-            assert self.receiver.is_quarantined(transfer_id)
+            assert transfer_id in self.receiver.quarantine
             await outgoing.wait_closed()
-            assert self.receiver.fence(transfer_id) is not None
+            assert self.receiver.quarantine.fence(transfer_id) is not None
 
     async def connect(self, address: str, endpoint: Endpoint | None = None) -> Link:
         """Another way out of the sender: through a proxy, to another receiver, or to nobody."""

@@ -1,8 +1,9 @@
 """A worker in a process of its own, as under Ray but without it: transports that need two processes are tested so.
 
-    python -m tests.worker_process ROLE MODEL TRANSPORT ENGINE_JSON
+    python -m tests.worker_process ROLE MODEL TRANSPORT ENGINE_JSON [OPTIONS_JSON]
 
-Prints its member; then takes members, in hex, or "status" or "check", a line each, and answers all but the first.
+Prints its member; then takes members, in hex, or "status", "check" or "ended ID INCARNATION", a line each, and answers
+all but the first. Options: `host` that it takes itself to be on, `kv_return`.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import sys
 
 from cluster.worker import Worker
 from engine.config import EngineConfig
+from kv_transfer import locality
 from protos.worker_pb2 import Member, Members
 
 
@@ -22,9 +24,10 @@ class WorkerProcess:
         self.member = member
 
     @classmethod
-    async def start(cls, role: str, model: str, transport: str, engine: dict) -> "WorkerProcess":
+    async def start(cls, role: str, model: str, transport: str, engine: dict, **options) -> "WorkerProcess":
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.worker_process", role, model, transport, json.dumps(engine)),
+            json.dumps(options),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
@@ -41,14 +44,22 @@ class WorkerProcess:
         self._process.stdin.write(what.encode() + b"\n")
         return json.loads(await asyncio.wait_for(self._process.stdout.readline(), 30))
 
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     async def stop(self) -> None:
+        """However it ends: it may have been killed."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         await self._process.wait()
 
 
-async def main(role: str, model: str, transport: str, engine: str) -> None:
-    worker = Worker(f"{role}-0", role, EngineConfig(model=model, **json.loads(engine)), transport)  # type: ignore[arg-type]
+async def main(role: str, model: str, transport: str, engine: str, options: str) -> None:
+    settings = json.loads(options)
+    if host := settings.pop("host", ""):
+        locality.host = lambda: host
+    config = EngineConfig(model=model, **json.loads(engine))
+    worker = Worker(f"{role}-0", role, config, transport, **settings)  # type: ignore[arg-type]
     print((await worker.start()).SerializeToString().hex(), flush=True)
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -57,6 +68,9 @@ async def main(role: str, model: str, transport: str, engine: str) -> None:
             print(json.dumps(worker.status()), flush=True)
         elif line == "check":
             await worker.check()
+            print("{}", flush=True)
+        elif line.startswith("ended "):
+            worker.writer_ended(*line.split()[1:])
             print("{}", flush=True)
         else:
             worker.set_members(list(Members.FromString(bytes.fromhex(line)).members))
