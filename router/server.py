@@ -115,6 +115,10 @@ class Router:
                     "runs": len(client.residents),
                     "sequences": client.num_sequences,
                     "queued_prompt_tokens": client.queued_prompt_tokens,
+                    "links": {
+                        link.worker_id: {"transport": link.transport, "gb_per_s": link.gb_per_s}
+                        for link in client.load.links
+                    },
                     "error": client.last_error,
                 }
                 for worker_id, client in self.pool.workers.items()

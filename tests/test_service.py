@@ -268,6 +268,10 @@ async def test_an_idle_worker_measures_its_links_once(tiny):
         (link,) = prefill.status()["links"]
         assert (link["worker_id"], link["transport"]) == ("decode-1", "grpc")
         measured = link["gb_per_s"]
+        heard = {"decode-1": {"transport": "grpc", "gb_per_s": measured}}
+        async with asyncio.timeout(5):
+            while s.router.status()["workers"]["prefill-0"]["links"] != heard:
+                await asyncio.sleep(0.05)
         await asyncio.sleep(1.2)
         assert prefill.status()["links"][0]["gb_per_s"] == measured
         assert decode.status()["kv_bytes_received"] == answer.timings.kv_transfer_bytes
