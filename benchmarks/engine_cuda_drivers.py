@@ -136,6 +136,8 @@ class Vllm:
             text = json.loads((path / "config.json").read_text())
             dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
             per_token = text["num_hidden_layers"] * 2 * text["num_key_value_heads"] * dim * 2
+            if text["model_type"] == "gemma2":
+                per_token //= 2  # a block is half the layers': those with a window and those without take turns
             self.kv_gib = config.cache_config.num_gpu_blocks * config.cache_config.block_size * per_token / 2**30
 
     def backend(self) -> str:
