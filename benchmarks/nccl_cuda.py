@@ -42,10 +42,10 @@ def main(rank: int, block_sizes: list[int]) -> None:
             (dist.send if rank else dist.recv)(token, 1 - rank)
 
         if rank == 0:
-            check = words[pages].sum()
+            check = words[pages].sum().view(1)
         found[str(block_size)] = MOVED * memory.slab.shape[1] / 1e6 / milliseconds(work, ROUNDS)
         if rank == 1:
-            check = words[pages].sum()
+            check = words[pages].sum().view(1)
         both = [torch.empty_like(check) for _ in range(2)]
         dist.all_gather(both, check)
         assert both[0] == both[1], "the pages differ"
