@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_cuda_shapes import LONG, PROMPT, Point
+from engine.imports import no_collections
 
 MAX_NUM_SEQS, MAX_TOKENS = 256, 8192
 WINDOW_STEPS = 24
@@ -260,7 +261,8 @@ def serve(options: argparse.Namespace) -> None:
     """Until the end of stdin: "kind batchxlength rounds" in, a line "ANSWER {json}" out."""
     started = time.perf_counter()
     kind = Ours if options.serve == "ours" else Vllm
-    driver = kind(Path(options.path), options)
+    with no_collections():  # as a worker does
+        driver = kind(Path(options.path), options)
     answer(dict(start_s=time.perf_counter() - started, kv_gib=driver.kv_gib))
     for line in sys.stdin:
         name, size, rounds = line.split()

@@ -20,6 +20,7 @@ import ray
 
 from cluster.config import namespace
 from cluster.spec import RouterSpec, WorkerSpec
+from engine.imports import no_collections
 from protos.worker_pb2 import Members
 
 CONTROLLER = "controller"
@@ -118,9 +119,10 @@ class WorkerActor(_Actor):
     async def _start(self) -> dict[str, Any]:
         # Three threads share this process's interpreter: at the default 5 ms each hand-over costs an engine step.
         sys.setswitchinterval(2e-4)
-        build = _named(self._spec.builder)
-        self._hosted = await asyncio.to_thread(build, self._spec, self._host, self._say)
-        member = await self._hosted.start()
+        with no_collections():  # the imports of torch among it
+            build = _named(self._spec.builder)
+            self._hosted = await asyncio.to_thread(build, self._spec, self._host, self._say)
+            member = await self._hosted.start()
         _settle()
         return {"member": member.SerializeToString()}
 
@@ -156,9 +158,10 @@ class RouterActor(_Actor):
     _spec: RouterSpec
 
     async def _start(self) -> dict[str, Any]:
-        build = _named(self._spec.builder)
-        self._hosted = await asyncio.to_thread(build, self._spec, self._say)
-        address = await self._hosted.start()
+        with no_collections():
+            build = _named(self._spec.builder)
+            self._hosted = await asyncio.to_thread(build, self._spec, self._say)
+            address = await self._hosted.start()
         _settle()
         host, _, port = address.rpartition(":")
         # An address that clients elsewhere can use.

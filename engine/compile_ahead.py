@@ -19,6 +19,7 @@ import torch
 from engine import ops
 from engine.config import EngineConfig
 from engine.device_sampler import Picker
+from engine.imports import import_transformers
 from engine.inputs import Inputs
 from engine.kv_cache import KVCache
 from engine.kv_layout import FP8, ITEM_BYTES, KVLayout, LayerShape
@@ -50,7 +51,7 @@ def compile_ahead(config: EngineConfig, device: torch.device, block_size: int) -
         return [pool.submit(run, task) for task in tasks]
 
     libraries = pool.submit(run, _load_libraries(shape, device))
-    _import_transformers()
+    import_transformers()
     leader = pool.submit(lead)
 
     def wait() -> None:
@@ -63,23 +64,6 @@ def compile_ahead(config: EngineConfig, device: torch.device, block_size: int) -
         pool.shutdown()
 
     return wait
-
-
-def _import_transformers() -> None:
-    """What any model needs of it. Some versions bring in scikit-learn too, two seconds for one kind of assisted
-    generation; we generate without theirs.
-    """
-    from transformers import utils
-
-    own = utils.is_sklearn_available
-    utils.is_sklearn_available = lambda: False
-    try:
-        import transformers.generation.candidate_generator  # noqa: F401
-    except ImportError as error:  # it has moved
-        log.debug("not imported ahead: %s", error)
-    finally:
-        utils.is_sklearn_available = own
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM  # noqa: F401
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.flights import Flights
+from engine.imports import no_collections
 from engine.invariants import check
 from engine.limits import Limits
 from engine.model import ModelInfo
@@ -54,7 +55,8 @@ class Engine:
         say = progress or (lambda line: None)
         say(f"loading {config.served_model_name or config.model}")
         self.config = config
-        self._runner = runner = Runner(config, say)
+        with no_collections():
+            self._runner = runner = Runner(config, say)
         self.layout, self.slab = runner.layout, runner.cache.slab
         self.load_s = runner.load_s
         num_blocks = runner.cache.num_blocks

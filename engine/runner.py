@@ -23,6 +23,7 @@ from engine.device import (
     pick_device,
     room_for_blocks,
 )
+from engine.imports import import_transformers
 from engine.kv_cache import KVCache
 from engine.kv_layout import FP8, KVLayout
 from engine.model import Model, load
@@ -74,12 +75,15 @@ class Runner:
         block_size = config.block_size or (16 if self.device.type == "cpu" else 64)
         paged = self.device.type == "cuda" if config.paged is None else config.paged
         is_cuda = self.device.type == "cuda"
-        compiled = compile_ahead(config, self.device, block_size) if paged and is_cuda else lambda: None
+        compiled = compile_ahead(config, self.device, block_size) if paged and is_cuda else None
+        if compiled is None:
+            import_transformers()
         try:
             self.model: Model = _load(config, self.device, progress)
         finally:
             loading = time.monotonic()
-            compiled()
+            if compiled is not None:
+                compiled()
         self.load_s = loading - started
         self.last_layer_at = started  # the clock of the last sign of life inside a step
         model = self.model
@@ -97,7 +101,7 @@ class Runner:
             progress(
                 str(fuse_model(model, self.device, block_size, min(config.max_num_seqs, config.max_num_batched_tokens)))
             )
-            gc.collect()  # the copies of layers that were compared
+            gc.collect(1)  # the copies of layers that were compared
         clock.append(time.monotonic())
         self.cache = self._cache(config, paged)
         self.steps = self._steps(config, self.cache) if paged else None

@@ -1,0 +1,70 @@
+"""What a start imports, with as little as can be beside it. Loads neither torch nor transformers by itself.
+
+Imports are most of a start: some 3000 modules, one after the other, under Python's lock. Two things can be left out.
+Collections of garbage walk all those objects again and again to find none (a quarter of the time). And transformers
+imports what it finds installed for images, object detection and assisted generation, which text models do without.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+# transformers asks these whether to import PIL and torchvision, scipy's optimizers, scikit-learn's metrics
+NOT_FOR_TEXT = ("is_vision_available", "is_torchvision_available", "is_scipy_available", "is_sklearn_available")
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Garbage in cycles waits for the end, or for an explicit gc.collect()."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            gc.freeze()  # and back, into the oldest generation, which the next collections do not walk
+            gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def import_transformers() -> None:
+    """What any text model needs of it: what the first use of AutoModelForCausalLM would import, and less."""
+    with no_collections(), text_only():
+        for name in ("generation.candidate_generator", "modeling_utils", "processing_utils"):
+            try:
+                __import__(f"transformers.{name}")
+            except ImportError as error:  # it has moved
+                log.debug("transformers.%s is not imported ahead: %s", name, error)
+        from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM  # noqa: F401
+
+
+@contextmanager
+def text_only() -> Iterator[None]:
+    """To what transformers imports inside, the packages of NOT_FOR_TEXT are not installed.
+
+    Afterwards it gives true answers, also to the modules of that time, which keep the functions that they asked. What
+    they did not import stays away: a process that has loaded a text model first cannot use transformers for images.
+    """
+    from transformers import utils
+    from transformers.utils import import_utils
+
+    is_inside = True
+
+    def hidden(own: Callable[..., bool]) -> Callable[..., bool]:
+        return lambda *args, **kwargs: not is_inside and own(*args, **kwargs)
+
+    owns = {name: getattr(import_utils, name) for name in NOT_FOR_TEXT if hasattr(import_utils, name)}
+    for name, own in owns.items():
+        for module in (utils, import_utils):
+            setattr(module, name, hidden(own))
+    try:
+        yield
+    finally:
+        is_inside = False
+        for name, own in owns.items():
+            for module in (utils, import_utils):
+                setattr(module, name, own)
