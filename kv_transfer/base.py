@@ -23,7 +23,7 @@ import numpy as np
 
 from kv_transfer.memory import BlockMemory as BlockMemory
 
-PROTOCOL_VERSION = 2  # of the hand-off: workers that differ refuse each other at the handshake
+PROTOCOL_VERSION = 3  # of the hand-off: workers that differ refuse each other at the handshake
 
 
 class TransferError(Exception):
@@ -127,12 +127,16 @@ class Outgoing(Protocol):
     ) -> None:
         """Queues local pages `block_ids`, the logical blocks from `block_start`, layers [layer_start, layer_stop).
 
-        They are final once `after` has passed (None: now), and must stay so until `finish` returns or `wait_closed`
+        They are final once `after` has passed (None: now), and must stay so until `seal` returns or `wait_closed`
         does: they are read later. Order is kept. A transfer that has failed ignores it; `finish` tells why.
         """
 
+    async def seal(self) -> Manifest:
+        """Ends the stream; returns when nothing pushed will be read here any more and all of it has been sent, which
+        the receiver may still be checking: its answer to Commit with this manifest tells. Raises TransferError."""
+
     async def finish(self) -> Manifest:
-        """Ends the stream; returns when every byte pushed lies in the receiver's pages. Raises TransferError."""
+        """`seal`, and returns when the receiver has verified the whole manifest. Raises TransferError."""
 
     def abort(self, reason: str) -> None:
         """Gives up. Idempotent, without effect on a finished transfer."""
@@ -167,6 +171,10 @@ class Link(Protocol):
 
     @property
     def transport(self) -> str: ...
+
+    @property
+    def note(self) -> str:
+        """What it does without, and why; empty: nothing."""
 
     def open(
         self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None

@@ -1,6 +1,7 @@
 """A worker's transports: what it can receive by, what it can send by, and the link to each peer."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ import grpc.aio
 
 from kv_transfer import local, locality
 from kv_transfer.base import Endpoint, Link, ObjectStore, Placement, Sender, TransferError, TransferRefused
-from kv_transfer.choose import AUTO, candidates, wanted
+from kv_transfer.choose import AUTO, ONE_SIDED, candidates, wanted
+from kv_transfer.control_server import ControlServer
 from kv_transfer.grpc_stream import GrpcWire, push_handler
 from kv_transfer.heap import keep_freed_pages
 from kv_transfer.memory import BlockMemory
@@ -26,6 +28,8 @@ MAX_CHUNK_BYTES = 16 << 20  # what a receiver takes
 
 # Up to this much a stream buffers, so that the next chunk is packed while the last ones are written.
 _KV_CHANNEL_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.http2.write_buffer_size", 4 << 20)]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Transports:
         self._progress_s = progress_s
         self._senders: dict[str, Sender] = {}
         self._undo: list[Callable[[], None]] = []
+        self._control: ControlServer | None = None
         self.missing = {name: why for name in wanted(setting) if (why := _missing(name, receiver.memory, object_store))}
         if setting == AUTO and not receiver.memory.slab.is_cuda:
             self.missing.setdefault("nixl", "asked for by name where pools are in CPU memory: an idle agent costs CPU")
@@ -75,8 +80,15 @@ class Transports:
 
     def serve(self, server: grpc.aio.Server, address: str) -> None:
         """Makes the receiver reachable. Before the server starts."""
+        control = ""
+        if set(self.speaks) & ONE_SIDED:
+            try:
+                self._control = ControlServer(self._receiver)
+                control = self._control.name
+            except OSError as error:
+                _log.warning("no control socket, one-sided transfers are announced over gRPC: %s", error)
         for name in self.speaks:
-            self.endpoints.append(Endpoint(name, _locality(name), _export(name, self._receiver)))
+            self.endpoints.append(Endpoint(name, _locality(name), _export(name, self._receiver, control)))
         if "local" in self.speaks:
             self._undo.append(serve("local", self._receiver, None, None, address))
         if set(self.speaks) - {"local"}:
@@ -95,13 +107,15 @@ class Transports:
             except TransferError as error:
                 left_out.append(f"{endpoint.transport}: {error}")
             else:
-                return Connection(link, "; ".join(left_out))
+                return Connection(link, "; ".join([*left_out, link.note] if link.note else left_out))
         raise TransferRefused(f"no transport leads to {address}: {'; '.join(left_out)}")
 
     async def close(self) -> None:
         await asyncio.gather(*(sender.close() for sender in self._senders.values()))
         for undo in self._undo:
             undo()
+        if self._control is not None:
+            await asyncio.to_thread(self._control.close)
 
     def _sender(self, transport: str) -> Sender:
         if transport not in self._senders:
@@ -195,6 +209,8 @@ class _Sender:
 class _TwoSidedLink:
     """One channel to one peer."""
 
+    note = ""
+
     def __init__(self, sender: _Sender, address: str) -> None:
         self._sender = sender
         self._address = address
@@ -258,16 +274,16 @@ def _locality(transport: str) -> str:
     return {"local": locality.process, "cuda_ipc": locality.host}.get(transport, str)()
 
 
-def _export(transport: str, receiver: Receiver) -> bytes:
-    """What a sender needs beside the address."""
+def _export(transport: str, receiver: Receiver, control: str) -> bytes:
+    """What a sender needs beside the address. `control`: name of the control socket, if there is one."""
     if transport == "cuda_ipc":
         from kv_transfer import cuda_ipc
 
-        return cuda_ipc.export(receiver.memory, receiver.guards_name)
+        return cuda_ipc.export(receiver.memory, receiver.guards_name, control)
     if transport == "nixl":
         from kv_transfer import nixl
 
-        return nixl.export(receiver.memory, receiver.guards_name)
+        return nixl.export(receiver.memory, receiver.guards_name, control)
     return b""
 
 

@@ -45,6 +45,7 @@ class PoolHandle:
     device: str  # UUID of the GPU
     guards: str  # path of the guard table
     process: str  # that holds the pool (kv_transfer/locality.py)
+    control: str  # name of the control socket; empty: there is none
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()
@@ -78,7 +79,7 @@ def missing(memory: BlockMemory) -> str:
     return ""
 
 
-def export(memory: BlockMemory, guards: str) -> bytes:
+def export(memory: BlockMemory, guards: str, control: str = "") -> bytes:
     """What a sender needs to map the pool. Compiles what checking its pages takes."""
     warm_up(memory)
     device = memory.slab.device.index
@@ -86,7 +87,7 @@ def export(memory: BlockMemory, guards: str) -> bytes:
     num_blocks, block_bytes = memory.slab.shape
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return PoolHandle(
-        handle.hex(), offset, num_blocks, block_bytes, memory.block_size, uuid, guards, locality.process()
+        handle.hex(), offset, num_blocks, block_bytes, memory.block_size, uuid, guards, locality.process(), control
     ).encode()
 
 

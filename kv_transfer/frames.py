@@ -1,9 +1,10 @@
-"""Frames of /pdserve.v1.KvTransferService/Push: one gRPC message each, little-endian, no protobuf.
+"""Frames of /pdserve.v1.KvTransferService/Push, one gRPC message each, and of one host's control socket, one packet each
+(kv_transfer/control.py): little-endian, no protobuf.
 
     offset size
       0     2   magic "KV"
-      2     1   version, 2
-      3     1   kind: 1 BEGIN, 2 CHUNK, 3 TOKEN, 4 END, 5 PLACED
+      2     1   version, 3
+      3     1   kind: 1 BEGIN, 2 CHUNK, 3 TOKEN, 4 END, 5 PLACED, 6 ABORT
       4    16   transfer id
      20     4   sequence           ─┐
      24     2   layer_start         │
@@ -17,9 +18,10 @@
     BEGIN   u16 length + UTF-8 worker id, u16 length + UTF-8 incarnation, of the sender
     CHUNK   the chunk's bytes
     TOKEN   u32 crc32c of the token, then the token under which an object store has the chunk's bytes
-    END     u32 number of chunks, u64 number of bytes
+    END     the manifest: u32 number of chunks, u64 number of bytes, 32 bytes digest
     PLACED  nothing: a one-sided transport has written the chunk's bytes into the pages, all of them, and `checksum` is
             the digest of what it read, which the receiver compares with its own of what landed
+    ABORT   UTF-8 text: the sender gives up. On the control socket only; a gRPC stream is cancelled
 
 A stream is BEGIN, chunks numbered from 0, END; all with one transfer id. The receiver answers with acknowledgements
 
@@ -28,9 +30,9 @@ A stream is BEGIN, chunks numbered from 0, END; all with one transfer id. The re
       5     1   1: the objects of this stream are mapped here, not copied
       6     …   UTF-8 text of an error
 
-one for every TOKEN, so that the sender can fill the object again or let it go, and one at the end: for END, or for what
-is wrong. The verdict travels in the stream and not as its status because a sender that is just writing when the status
-comes is told "internal error" instead.
+one for every TOKEN, so that the sender can fill the object again or let it go, and one at the end: for END, when all
+that the manifest counts has been verified, or for what is wrong. The verdict travels in the stream and not as its
+status because a sender that is just writing when the status comes is told "internal error" instead.
 """
 
 import struct
@@ -40,17 +42,25 @@ from enum import IntEnum
 
 import numpy as np
 
-from kv_transfer.base import ChunkHeader, TransferBroken, TransferCorrupt, TransferError, TransferRefused
+from kv_transfer.base import (
+    ChunkHeader,
+    Manifest,
+    TransferBroken,
+    TransferCorrupt,
+    TransferError,
+    TransferRefused,
+)
 from kv_transfer.checksum import crc32c
 
 _PREFIX = struct.Struct("<2sBB16s")
-_MAGIC, _VERSION = b"KV", 2
-_END = struct.Struct("<IQ")
+_MAGIC, _VERSION = b"KV", 3
+_END = struct.Struct("<IQ32s")
 _U32 = struct.Struct("<I")
 _ACK = struct.Struct("<IBB")
 _VERDICTS = (TransferRefused, TransferBroken, TransferCorrupt)
 HEADER_BYTES = _PREFIX.size + ChunkHeader.STRUCT.size
 MAX_TOKEN_BYTES = 4096
+MAX_REASON_BYTES = 512
 
 
 class Kind(IntEnum):
@@ -59,6 +69,7 @@ class Kind(IntEnum):
     TOKEN = 3
     END = 4
     PLACED = 5
+    ABORT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,8 @@ class Frame:
 
     @classmethod
     def parse(cls, message: bytes) -> "Frame":
-        """Raises TransferBroken for what is no frame of this version, TransferCorrupt for a damaged BEGIN or END.
+        """Raises TransferBroken for what is no frame of this version, TransferCorrupt for a damaged BEGIN, END or
+        ABORT.
 
         A CHUNK's payload is not checked here: the receiver does so where it places it.
         """
@@ -82,7 +94,7 @@ class Frame:
         header = ChunkHeader.unpack(message, _PREFIX.size)
         payload = np.frombuffer(message, np.uint8, offset=HEADER_BYTES)
         frame = cls(Kind(kind), transfer_id, header, payload)
-        if frame.kind in (Kind.BEGIN, Kind.END) and (header.num_bytes, header.checksum) != (
+        if frame.kind in (Kind.BEGIN, Kind.END, Kind.ABORT) and (header.num_bytes, header.checksum) != (
             len(payload),
             crc32c([payload]),
         ):
@@ -109,11 +121,11 @@ class Frame:
             raise TransferCorrupt(f"token of chunk {self.header.sequence}: checksum differs")
         return token.tobytes()
 
-    def counts(self) -> tuple[int, int]:
-        """Of an END frame: number of chunks, number of bytes."""
+    def manifest(self) -> Manifest:
+        """Of an END frame."""
         if len(self.payload) != _END.size:
             raise TransferBroken(f"END payload of {len(self.payload)} bytes: must be {_END.size}")
-        return _END.unpack(self.payload.tobytes())
+        return Manifest(*_END.unpack(self.payload.tobytes()))
 
 
 def begin_frame(transfer_id: bytes, source: tuple[str, str]) -> bytes:
@@ -134,9 +146,14 @@ def placed_frame(transfer_id: bytes, header: ChunkHeader) -> bytes:
     return _frame(Kind.PLACED, transfer_id, header, [])
 
 
-def end_frame(transfer_id: bytes, num_chunks: int, num_bytes: int) -> bytes:
-    payload = _END.pack(num_chunks, num_bytes)
+def end_frame(transfer_id: bytes, manifest: Manifest) -> bytes:
+    payload = _END.pack(manifest.num_chunks, manifest.num_bytes, manifest.digest)
     return _frame(Kind.END, transfer_id, _plain_header(payload), [payload])
+
+
+def abort_frame(transfer_id: bytes, reason: str) -> bytes:
+    payload = reason.encode()[:MAX_REASON_BYTES]
+    return _frame(Kind.ABORT, transfer_id, _plain_header(payload), [payload])
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class _PushHandler:
             async with asyncio.timeout(self._receiver.progress_s):
                 message = await context.read()
             transfer_id = self._begin(message)
-            stream.watch(self._receiver.over(transfer_id))
+            self._receiver.watch(transfer_id, stream.tell)
             await self._take(transfer_id, stream)
         except TransferError as error:
             verdict = error
@@ -82,7 +82,7 @@ class _PushHandler:
                 raise TransferBroken("frame of another transfer")
             if frame.kind is Kind.END:
                 await stream.checked()
-                self._receiver.end(transfer_id, *frame.counts())
+                self._receiver.end(transfer_id, frame.manifest())
                 return
             if frame.kind is Kind.CHUNK:
                 self._receiver.chunk(transfer_id, frame.header, [frame.payload])
@@ -94,7 +94,7 @@ class _PushHandler:
             elif frame.kind is Kind.PLACED:
                 stream.check(frame.header, partial(self._check, transfer_id))
             else:
-                raise TransferBroken("a second BEGIN")
+                raise TransferBroken(f"{frame.kind.name} in the middle of a stream")
 
     async def _check(self, transfer_id: bytes, headers: list[ChunkHeader]) -> None:
         # A bad chunk fails the ticket, and that ends the stream.
@@ -124,25 +124,26 @@ class _Incoming:
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self.context = context
         self.num_chunks = 0
-        self._over: asyncio.Task[TransferError] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._over: TransferError | None = None
         self._placed: list[ChunkHeader] = []  # not looked at yet
         self._checking: asyncio.Task[None] | None = None
         self._reading: asyncio.Task | None = None  # the handler's own task, while it waits for a message
 
-    def watch(self, over: Coroutine[None, None, TransferError]) -> None:
-        self._over = asyncio.create_task(over)
-        self._over.add_done_callback(lambda _: self._reading and self._reading.cancel())
+    def tell(self, error: TransferError) -> None:
+        """The ticket has ended badly. On any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._end, error)
 
     async def read(self) -> bytes:
-        assert self._over is not None
-        if self._over.done():
-            raise self._over.result()
+        if self._over is not None:
+            raise self._over
         self._reading = asyncio.current_task()
         try:
             message = await self.context.read()
         except asyncio.CancelledError:
-            if self._over.done():
-                raise self._over.result() from None
+            if self._over is not None:
+                raise self._over from None
             raise
         finally:
             self._reading = None
@@ -168,9 +169,13 @@ class _Incoming:
             self.num_chunks += len(headers)
 
     def close(self) -> None:
-        for task in (self._over, self._checking):
-            if task is not None:
-                task.cancel()
+        if self._checking is not None:
+            self._checking.cancel()
+
+    def _end(self, error: TransferError) -> None:
+        self._over = error
+        if self._reading is not None:
+            self._reading.cancel()
 
 
 class GrpcWire:
@@ -200,11 +205,18 @@ class GrpcWire:
         await self._write(packed)
 
     async def end(self, manifest: Manifest) -> None:
-        await self._write(end_frame(self._transfer_id, manifest.num_chunks, manifest.num_bytes))
-        assert self._call is not None and self._acks is not None
+        await self._write(end_frame(self._transfer_id, manifest))
+        await self.done()
+
+    async def done(self) -> None:
+        """END has been sent."""
+        assert self._call is not None
         await self._call.done_writing()
+
+    async def answered(self, num_chunks: int | None) -> None:
+        assert self._acks is not None
         await asyncio.shield(self._acks)
-        if self._error is not None or self.num_acked != manifest.num_chunks or not await self._is_ok():
+        if self._error is not None or self.num_acked != num_chunks or not await self._is_ok():
             raise await self._reason()
 
     async def lost(self) -> None:

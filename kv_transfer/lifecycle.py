@@ -1,10 +1,11 @@
 """How every transfer at a sender lives and ends, whatever moves its bytes.
 
-    open ──► moving ──finish, all moved, END answered──► closed
-               │
+    open ──► moving ──seal, all sent──► sealed ──END answered──► verified, closed
+               │                          │
                └── aborted, refused, stream lost, stalled ──► what is under way is waited for ──► closed
 
-Closed means that no local page is read and nothing written any more.
+Sealed means that all of it has left and no local page is read any more: Commit may go out. Closed means that nothing is
+written any more either, whatever happened.
 """
 
 import asyncio
@@ -20,16 +21,17 @@ from kv_transfer.rect import Rect
 
 
 class Stream(Protocol):
-    """The Push stream under one ticket. On the event loop; its methods raise TransferError."""
+    """What the receiver is told under one ticket, and answers. On the event loop; its methods raise TransferError."""
 
     async def begin(self) -> None:
         """Opens the stream."""
 
-    async def end(self, manifest: Manifest) -> None:
-        """Returns when the receiver has placed every chunk."""
+    async def answered(self, num_chunks: int | None) -> None:
+        """END has been sent: returns when the receiver has verified the manifest, of so many chunks. None: it has not,
+        and this raises why the stream is over."""
 
     async def lost(self) -> None:
-        """Returns when the peer has ended the stream by itself; then `end` raises why."""
+        """Returns when the peer has ended the stream by itself; then `answered` raises why."""
 
     async def close(self, error: BaseException | None) -> None:
         """Drops the stream if `error` ended it, which fails the ticket."""
@@ -48,11 +50,15 @@ class Lifecycle:
         self._lock = threading.Lock()
         self._queue: deque[Rect] = deque()  # pushed, not begun
         self._finishing = False
+        self._ended = False  # END has been sent
+        self._is_verified = False
         self._closed = False
-        self._aborted: str | None = None
         self._error: BaseException | None = None
+        self._aborted: str | None = None
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
+        self._sealed = asyncio.Event()  # or ended by an error
+        self._verified = asyncio.Event()  # likewise
         self._moving = self._loop.create_task(self._move())
         self._task = self._loop.create_task(self._run())
 
@@ -60,13 +66,20 @@ class Lifecycle:
     def num_bytes(self) -> int:
         return self._manifest.num_bytes
 
-    async def finish(self) -> Manifest:
+    async def seal(self) -> Manifest:
         self._finishing = True
         self._wake.set()
-        await asyncio.shield(self._task)
-        if self._error is not None:
-            raise self._error
+        await self._sealed.wait()
+        if not self._ended:
+            await self._failed()
         return self._manifest.manifest()
+
+    async def finish(self) -> Manifest:
+        manifest = await self.seal()
+        await self._verified.wait()
+        if not self._is_verified:
+            await self._failed()
+        return manifest
 
     def abort(self, reason: str) -> None:
         self._notify(self._abort, reason)
@@ -78,12 +91,21 @@ class Lifecycle:
         """On the loop: calls `callback` when the transfer is closed."""
         self._task.add_done_callback(lambda _: callback(self))
 
+    async def _failed(self) -> None:
+        await self.wait_closed()
+        assert self._error is not None
+        raise self._error
+
     async def _step(self) -> bool:
         """Moves some of what is there. False: nothing more can be done before something wakes the loop."""
         raise NotImplementedError
 
     def _has_moved_all(self) -> bool:
         """Asked after a step that found nothing to do."""
+        raise NotImplementedError
+
+    async def _end(self) -> None:
+        """Sends END behind everything else."""
         raise NotImplementedError
 
     async def _drain(self) -> None:
@@ -105,6 +127,8 @@ class Lifecycle:
             await asyncio.wait([self._moving])
             self._error = self._why()
         finally:
+            self._sealed.set()
+            self._verified.set()
             with self._lock:
                 self._closed = True
                 self._queue.clear()
@@ -133,6 +157,12 @@ class Lifecycle:
                     break
                 await self._wake.wait()
             async with asyncio.timeout(self._progress_s):
-                await self._stream.end(self._manifest.manifest())
+                if not self._ended and not lost.done():
+                    await self._end()
+                    self._ended = True
+                self._sealed.set()
+                await self._stream.answered(self._manifest.num_chunks if self._ended else None)
+            self._is_verified = True
+            self._verified.set()
         finally:
             lost.cancel()

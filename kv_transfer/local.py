@@ -46,7 +46,10 @@ class LocalWire:
         await asyncio.sleep(0)  # other transfers and the caller get their turn between chunks
 
     async def end(self, manifest: Manifest) -> None:
-        self._receiver().end(self._transfer_id, manifest.num_chunks, manifest.num_bytes)
+        self._receiver().end(self._transfer_id, manifest)
+
+    async def answered(self, num_chunks: int | None) -> None:
+        """`end` has answered."""
 
     async def lost(self) -> None:
         await asyncio.Event().wait()

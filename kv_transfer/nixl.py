@@ -52,9 +52,9 @@ def missing() -> str:
     return "" if bindings() is not None else "NIXL is not installed: pip install 'pdserve[nixl]'"
 
 
-def export(memory: BlockMemory, guards: str) -> bytes:
+def export(memory: BlockMemory, guards: str, control: str = "") -> bytes:
     """What a sender needs to write to the pool, while its agent is held."""
-    return agent_of(memory).handle(guards).encode()
+    return agent_of(memory).handle(guards, control).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class PoolHandle:
     device: int
     host: str
     guards: str  # path of the guard table, for writers on the same host
+    control: str  # name of the control socket, for them too; empty: there is none
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()
@@ -107,10 +108,10 @@ class Agent:
             self._regions = nixl.nixlRegDList(self.kind, [(self.address, memory.slab.nbytes, self.device, "")])
             self.inner.registerMem(self._regions, [self._backend])
 
-    def handle(self, guards: str) -> PoolHandle:
+    def handle(self, guards: str, control: str) -> PoolHandle:
         num_blocks, block_bytes = self.memory.slab.shape
-        metadata = self.inner.getLocalMD().hex()
-        return PoolHandle(metadata, self.address, num_blocks, block_bytes, self.device, locality.host(), guards)
+        where = self.address, num_blocks, block_bytes, self.device
+        return PoolHandle(self.inner.getLocalMD().hex(), *where, locality.host(), guards, control)
 
 
 _agents: WeakValueDictionary[int, Agent] = WeakValueDictionary()  # by address of the pool
@@ -154,7 +155,9 @@ class _Pool:
         if handle.block_bytes != agent.memory.slab.shape[1]:
             raise TransferBroken(f"blocks of {handle.block_bytes} bytes there, {agent.memory.slab.shape[1]} here")
         self._guards = None
+        self.control = ""
         if handle.host and handle.host == locality.host():  # elsewhere only the quarantine keeps late writes out
+            self.control = handle.control
             try:
                 self._guards = open_guards(handle.guards)
             except OSError as error:
@@ -167,8 +170,12 @@ class _Pool:
     def holds(self, placement: Placement) -> bool:
         return all(page < self.handle.num_blocks for page in placement.page_ids)
 
-    def writer(self) -> "_Pool":
+    def writer(self, placement: Placement) -> "_Pool":
         return self
+
+    @property
+    def is_instant(self) -> bool:
+        return False
 
     def write(self, rect: Rect, placement: Placement) -> "_Write":
         stop = rect.block_start + len(rect.block_ids)

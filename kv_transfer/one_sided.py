@@ -6,21 +6,26 @@ from typing import Protocol
 
 import grpc.aio
 
-from kv_transfer.base import Endpoint, Placement, TransferRefused
-from kv_transfer.grpc_stream import GrpcWire
+from kv_transfer.base import Endpoint, Placement, TransferBroken, TransferRefused
+from kv_transfer.control_link import ControlLink
+from kv_transfer.grpc_announcer import GrpcAnnouncer
 from kv_transfer.memory import BlockMemory
-from kv_transfer.placed import MAX_WRITE_BYTES, PlacedOutgoing, Threads, Writer
+from kv_transfer.placed import MAX_WRITE_BYTES, Announcer, PlacedOutgoing, Threads, Writer
 from protos.grpc_options import CHANNEL_OPTIONS
 
 
 class MappedPool(Protocol):
-    """One receiver's pool, within reach. Made, written to and closed on the launching thread."""
+    """One receiver's pool, within reach. Made and closed on the launching thread."""
+
+    @property
+    def control(self) -> str:
+        """Name of the receiver's control socket; empty: none within reach."""
 
     def holds(self, placement: Placement) -> bool:
         """Whether all that `placement` names lies in the pool."""
 
-    def writer(self) -> Writer:
-        """For one transfer."""
+    def writer(self, placement: Placement) -> Writer:
+        """For one transfer. On the event loop."""
 
     def close(self) -> None:
         """Lets go of the pool; no write is under way."""
@@ -52,7 +57,14 @@ class OneSidedSender:
     async def connect(self, address: str, endpoint: Endpoint) -> "_Link":
         run = asyncio.get_running_loop().run_in_executor
         pool = await run(self.threads.launching, self._map_pool, endpoint)
-        self._links.append(_Link(self, address, pool))
+        control, note = None, "no control socket: transfers are announced over gRPC"
+        if pool.control:
+            try:
+                control = await ControlLink.connect(pool.control, self.source, self.progress_s)
+                note = ""
+            except TransferBroken as error:
+                note = f"transfers are announced over gRPC: {error}"
+        self._links.append(_Link(self, address, pool, control, note))
         return self._links[-1]
 
     async def close(self) -> None:
@@ -61,10 +73,14 @@ class OneSidedSender:
 
 
 class _Link:
-    def __init__(self, sender: OneSidedSender, address: str, pool: MappedPool) -> None:
+    def __init__(
+        self, sender: OneSidedSender, address: str, pool: MappedPool, control: ControlLink | None, note: str
+    ) -> None:
+        self.note = note
         self._sender = sender
         self._address = address
         self._pool = pool
+        self._control = control
         self._channel: grpc.aio.Channel | None = None
         self._open: set[PlacedOutgoing] = set()
         self._is_closed = False
@@ -79,12 +95,11 @@ class _Link:
         if placement is None or not self._pool.holds(placement):
             raise TransferRefused(f"a grant without pages of the receiver's pool: {placement}")
         sender = self._sender
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        writer = self._pool.writer(placement)
         outgoing = PlacedOutgoing(
             sender.memory,
-            self._pool.writer(),
-            GrpcWire(self._channel, transfer_id, sender.source),
+            writer,
+            self._announcer(transfer_id),
             transfer_id,
             placement,
             sender.threads,
@@ -103,6 +118,15 @@ class _Link:
         for outgoing in outgoings:
             outgoing.abort("the link closes")
         await asyncio.gather(*(outgoing.wait_closed() for outgoing in outgoings))
+        if self._control is not None:
+            self._control.close()
         if self._channel is not None:
             await self._channel.close(None)
         await asyncio.get_running_loop().run_in_executor(self._sender.threads.launching, self._pool.close)
+
+    def _announcer(self, transfer_id: bytes) -> Announcer:
+        if self._control is not None:
+            return self._control.open(transfer_id)
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        return GrpcAnnouncer(self._channel, transfer_id, self._sender.source, self._sender.progress_s)

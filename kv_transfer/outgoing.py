@@ -7,7 +7,7 @@ Life of a transfer here:
  4. A chunk's pages are read, checksummed and packed by the wire, on the loop or, where packing may block, on a pool
     thread while the chunk before it is sent. One transfer holds two packed chunks and what the wire has in flight,
     however long the prompt is.
- 5. `finish` ends the stream: the wire waits until the receiver has placed all of it.
+ 5. `seal` ends the stream behind the last chunk; `finish` waits until the receiver has verified all of it.
  6. Whatever ended the task, the pool's reads are waited for, then the transfer is closed.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kv_transfer.base import ChunkHeader, ReadyEvent
+from kv_transfer.base import ChunkHeader, Manifest, ReadyEvent
 from kv_transfer.lifecycle import Lifecycle, Stream
 from kv_transfer.memory import BlockMemory
 from kv_transfer.rect import Rect
@@ -35,6 +35,9 @@ class Wire(Stream, Protocol):
 
     async def send(self, packed: Any) -> None:
         """Returns when the chunk is on its way and the next may follow."""
+
+    async def end(self, manifest: Manifest) -> None:
+        """Sends END."""
 
 
 class ChunkedOutgoing(Lifecycle):
@@ -87,6 +90,9 @@ class ChunkedOutgoing(Lifecycle):
 
     def _has_moved_all(self) -> bool:
         return True  # a step sends what there is
+
+    async def _end(self) -> None:
+        await self._wire.end(self._manifest.manifest())
 
     async def _drain(self) -> None:
         for read in self._reads:

@@ -100,7 +100,7 @@ class Peer:
 
         A test transfer is of no tokens. Raises TransferError, PeerUnavailable, or the refusal's AioRpcError.
         """
-        manifest = await outgoing.finish()
+        manifest = await outgoing.seal()
         request = kv.CommitRequest(
             transfer_id=transfer_id,
             num_tokens=num_tokens,

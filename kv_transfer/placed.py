@@ -1,34 +1,31 @@
 """The sending side of every one-sided transport: pages are written straight into the receiver's, then announced.
 
 Life of a transfer here:
- 1. `open` starts a task on the event loop; the Push stream begins under the ticket.
- 2. The engine thread pushes rectangles of pages; each is a queue entry and a task for the launching thread.
- 3. That thread joins what queued up meanwhile and starts the write; the write waits for the pages by itself.
- 4. The waiting thread waits until the bytes lie there and takes their digest; the loop sends the PLACED frame.
- 5. `finish` ends the stream once every write is announced; the receiver answers when it has checked all of them.
+ 1. `open` tells the receiver that it begins under the ticket, and starts a task on the event loop that sees it end.
+ 2. The engine thread pushes rectangles of pages; each is a queue entry and a task for the launching thread. What need
+    not be waited for is launched at once, if nothing is before it.
+ 3. What queued up meanwhile is joined, and the write started; the write waits for the pages by itself.
+ 4. The waiting thread waits until the bytes lie there, takes their digest and sends the PLACED frame.
+ 5. `seal` lets END follow the last frame, sent by whoever sees that it was the last; the receiver answers when it has
+    verified all of it.
  6. Whatever ended the task, every write begun is waited for: closed means that nothing of it is in flight.
 """
 
-import asyncio
-from collections import deque
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from kv_transfer.base import (
-    ChunkHeader,
-    Placement,
-    ReadyEvent,
-    TransferBroken,
-    TransferError,
-)
-from kv_transfer.frames import placed_frame
-from kv_transfer.grpc_stream import GrpcWire
-from kv_transfer.lifecycle import Lifecycle
+from kv_transfer.base import ChunkHeader, Placement, ReadyEvent, TransferBroken, TransferError
+from kv_transfer.frames import end_frame, placed_frame
+from kv_transfer.lifecycle import Lifecycle, Stream
 from kv_transfer.memory import BlockMemory
 from kv_transfer.rect import Rect
 
 MAX_WRITE_BYTES = 256 << 20  # of one write: what is announced, and checked, at once
+# Of the last write: nothing moves any more while the receiver checks it, and less would come before it is done with the
+# one before.
+MAX_LAST_BYTES = 64 << 20
 
 
 class Write(Protocol):
@@ -41,8 +38,19 @@ class Write(Protocol):
 class Writer(Protocol):
     """Writes into one peer's pool. Used on one thread at a time."""
 
+    @property
+    def is_instant(self) -> bool:
+        """Whether `write` only launches: a thread of its own would cost more."""
+
     def write(self, rect: Rect, placement: Placement) -> Write:
-        """Starts to copy `rect` where `placement` says; does not block for it. Raises TransferError."""
+        """Starts to copy `rect` where `placement` says; does not wait for the copy. Raises TransferError."""
+
+
+class Announcer(Stream, Protocol):
+    """What the receiver is told of one transfer. BEGIN goes by itself, before everything else."""
+
+    def announce(self, frame: bytes) -> None:
+        """Sends a frame behind the ones before. On any thread; never blocks. A failure ends the stream."""
 
 
 class Threads:
@@ -51,22 +59,46 @@ class Threads:
     def __init__(self, name: str, initializer: Callable[[], None] | None = None) -> None:
         self.launching = ThreadPoolExecutor(1, f"{name}-launch", initializer)
         self.waiting = ThreadPoolExecutor(1, f"{name}-wait", initializer)
+        self._turn = threading.Lock()  # who launches
+        self._lock = threading.Lock()
+        self._num_queued = 0
+
+    def launch(self, work: Callable[[], None], at_once: bool) -> None:
+        """Runs `work` on the launching thread; here, if `at_once` and nothing is before it."""
+        with self._lock:
+            is_here = at_once and not self._num_queued and self._turn.acquire(blocking=False)
+            self._num_queued += not is_here
+        if not is_here:
+            self.launching.submit(self._launch, work)
+            return
+        try:
+            work()
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
         self.launching.shutdown()
         self.waiting.shutdown()
 
+    def _launch(self, work: Callable[[], None]) -> None:
+        with self._turn:
+            try:
+                work()
+            finally:
+                with self._lock:
+                    self._num_queued -= 1
+
 
 class PlacedOutgoing(Lifecycle):
     """An `Outgoing` whose bytes a `Writer` moves."""
 
-    _STALLED = "nothing moved"
+    _STALLED = "the receiver answered nothing"
 
     def __init__(
         self,
         memory: BlockMemory,
         writer: Writer,
-        wire: GrpcWire,
+        announcer: Announcer,
         transfer_id: bytes,
         placement: Placement,
         threads: Threads,
@@ -74,15 +106,14 @@ class PlacedOutgoing(Lifecycle):
         max_write_bytes: int = MAX_WRITE_BYTES,
     ) -> None:
         self._writer = writer
-        self._wire = wire
+        self._announcer = announcer
         self._transfer_id = transfer_id
         self._placement = placement
         self._threads = threads
         self._max_write_bytes = max_write_bytes
-        self._num_unsettled = 0  # tasks of the two threads that the loop has not heard the end of
-        self._landed: deque[tuple[Rect, int]] = deque()  # on the loop: written, with digest, not announced
+        self._num_unsettled = 0  # pushed rectangles that have not landed, failed, or been joined to one before
         self._failure: BaseException | None = None
-        super().__init__(memory, wire, progress_s)
+        super().__init__(memory, announcer, progress_s)
 
     def push(
         self,
@@ -99,10 +130,11 @@ class PlacedOutgoing(Lifecycle):
                 return
             self._queue.extend(rects)
             self._num_unsettled += len(rects)
+        at_once = after is None and self._writer.is_instant
         for _ in rects:
-            self._threads.launching.submit(self._launch)
+            self._threads.launch(self._launch, at_once)
 
-    # On the two threads
+    # On the launching and the waiting thread
 
     def _launch(self) -> None:
         """Starts a write for the oldest rectangle and those that join it; one call per push, so some find none."""
@@ -112,19 +144,22 @@ class PlacedOutgoing(Lifecycle):
                 self._queue.popleft()
                 rect = joined
         if rect is None:
-            return self._notify(self._settle, None)
+            return self._settle(None)
         try:
             write = self._writer.write(rect, self._placement)
         except BaseException as error:  # the loop decides what it means
-            return self._notify(self._settle, error)
+            return self._settle(error)
         self._threads.waiting.submit(self._wait, rect, write)
 
     def _cut(self, rect: Rect) -> list[Rect]:
-        """By blocks, so that each part is a write; a block is never cut."""
-        count = max(1, self._max_write_bytes // self._memory.width(rect.layer_start, rect.layer_stop))
+        """By blocks, so that each part is a write; a block is never cut. The last layers end with a small one, those
+        before it halve what is left: each is checked while the next ones are written."""
+        width = self._memory.width(rect.layer_start, rect.layer_stop)
+        most, last = (max(1, size // width) for size in (self._max_write_bytes, MAX_LAST_BYTES))
+        is_last = rect.layer_stop == self._memory.num_layers
         parts = []
-        while len(rect.block_ids) > count:
-            head, rect = rect.split_blocks(count)
+        while len(rect.block_ids) > most or (is_last and len(rect.block_ids) > last):
+            head, rect = rect.split_blocks(min(most, -(-len(rect.block_ids) // 2)) if is_last else most)
             parts.append(head)
         return [*parts, rect]
 
@@ -136,31 +171,51 @@ class PlacedOutgoing(Lifecycle):
 
     def _wait(self, rect: Rect, write: Write) -> None:
         try:
-            digest = write.wait()
+            header = ChunkHeader(
+                sequence=self._manifest.num_chunks,
+                layer_start=rect.layer_start,
+                layer_count=rect.layer_stop - rect.layer_start,
+                block_start=rect.block_start,
+                block_count=len(rect.block_ids),
+                num_bytes=self._num_bytes(rect),
+                checksum=write.wait(),
+            )
+            self._manifest.add(header)
+            self._announcer.announce(placed_frame(self._transfer_id, header))
         except BaseException as error:
-            return self._notify(self._settle, error)
-        self._notify(self._settle, None, (rect, digest))
+            return self._settle(error)
+        self._settle(None)
+
+    def _settle(self, error: BaseException | None) -> None:
+        """The loop need not hear of what goes well before the last."""
+        with self._lock:
+            self._num_unsettled -= 1
+            self._failure = self._failure or error
+            is_news = self._failure is not None or not self._num_unsettled
+        self._send_end()
+        if is_news:
+            self._notify(self._wake.set)
+
+    def _send_end(self) -> None:
+        """On any thread: once, behind the last frame, if `seal` has said that there will be no more."""
+        with self._lock:
+            if not self._finishing or self._num_unsettled or self._failure or self._closed or self._ended:
+                return
+            self._ended = True
+        self._announcer.announce(end_frame(self._transfer_id, self._manifest.manifest()))
 
     # On the loop
 
-    def _settle(self, error: BaseException | None, landed: tuple[Rect, int] | None = None) -> None:
-        with self._lock:
-            self._num_unsettled -= 1
-        self._failure = self._failure or error
-        if landed is not None:
-            self._landed.append(landed)
-        self._wake.set()
-
     async def _step(self) -> bool:
-        async with asyncio.timeout(self._progress_s):
-            while self._landed:
-                await self._announce(*self._landed.popleft())
         if self._failure is not None:
             raise self._failure
         return False
 
     def _has_moved_all(self) -> bool:
-        return not self._num_unsettled and not self._landed
+        return not self._num_unsettled
+
+    async def _end(self) -> None:
+        self._send_end()
 
     async def _drain(self) -> None:
         while self._num_unsettled:
@@ -172,19 +227,6 @@ class PlacedOutgoing(Lifecycle):
         if error is None or isinstance(error, TransferError):
             return error
         return TransferBroken(f"the write failed: {type(error).__name__}: {error}")
-
-    async def _announce(self, rect: Rect, digest: int) -> None:
-        header = ChunkHeader(
-            sequence=self._manifest.num_chunks,
-            layer_start=rect.layer_start,
-            layer_count=rect.layer_stop - rect.layer_start,
-            block_start=rect.block_start,
-            block_count=len(rect.block_ids),
-            num_bytes=self._num_bytes(rect),
-            checksum=digest,
-        )
-        self._manifest.add(header)
-        await self._wire.send(placed_frame(self._transfer_id, header))
 
     def _num_bytes(self, rect: Rect) -> int:
         return len(rect.block_ids) * self._memory.width(rect.layer_start, rect.layer_stop)

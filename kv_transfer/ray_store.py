@@ -48,6 +48,9 @@ class RayStoreWire:
 
     async def end(self, manifest: Manifest) -> None:
         await self._stream.end(manifest)
+
+    async def answered(self, num_chunks: int | None) -> None:
+        await self._stream.answered(num_chunks)
         self._drop(self._num_sent)
 
     async def lost(self) -> None:

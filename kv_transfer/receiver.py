@@ -199,8 +199,9 @@ class Receiver:
                     raise corrupt
                 self._count(ticket, header, ticket.cells(self.memory, header, header.num_bytes, ticket.covered, 0))
 
-    def end(self, transfer_id: bytes, num_chunks: int, num_bytes: int) -> None:
-        """The sender has sent everything: the counts must be those that arrived."""
+    def end(self, transfer_id: bytes, manifest: Manifest) -> None:
+        """The sender has sent everything. Returns if what `manifest` counts is what came, and all that was to come:
+        verified, and not visible before `commit`."""
         ticket = self._find(transfer_id)
         with ticket.lock:
             if ticket.state is State.COMPLETE:
@@ -208,12 +209,13 @@ class Receiver:
             self._require_lease(ticket)
             if ticket.state is not State.RECEIVING:
                 raise ticket.error or TransferRefused(f"end for a ticket that is {ticket.state.value}")
-            got = (ticket.received.num_chunks, ticket.received.num_bytes)
-            if got != (num_chunks, num_bytes):
-                error = TransferBroken(f"{got} chunks and bytes arrived: {(num_chunks, num_bytes)} were sent")
+            try:
+                ticket.require(manifest)
+            except TransferError as error:
                 self._fail(ticket, error)
-                raise error
+                raise
             ticket.ended = True
+            ticket.watcher = None
 
     def fail(self, transfer_id: bytes, error: TransferError) -> None:
         """The stream is broken. Without effect on a transfer that is over, or has ended well."""
@@ -245,17 +247,16 @@ class Receiver:
                     if not moved and ticket.state in (State.GRANTED, State.RECEIVING):
                         self._fail(ticket, TransferBroken(f"no chunk came for {self.progress_s} s before the last one"))
 
-    async def over(self, transfer_id: bytes) -> TransferError:
-        """Returns once the ticket has ended badly, with what its next chunk would be told. Cancel it otherwise."""
+    def watch(self, transfer_id: bytes, watcher: Callable[[TransferError], None]) -> None:
+        """Calls `watcher` once when the ticket has ended badly, with what its next chunk would be told: on any thread,
+        often under the ticket's lock, so it must not block."""
         ticket = self._find(transfer_id)
-        while True:
-            with ticket.lock:
-                if ticket.state in (State.FAILED, State.RELEASED, State.EXPIRED):
-                    return ticket.error or TransferRefused(f"ticket is {ticket.state.value}")
-                # Complete before its END came: nothing will wake this, nor need it.
-                complete = ticket.state is State.COMPLETE
-                waiter = asyncio.get_running_loop().create_future() if complete else ticket.waiter()
-            await waiter
+        with ticket.lock:
+            verdict = ticket.verdict()
+            if verdict is None:
+                ticket.watcher = watcher
+        if verdict is not None:
+            watcher(verdict)
 
     def heartbeat(self, transfer_ids: Iterable[bytes]) -> list[bytes]:
         """Renews leases; returns the tickets that are over, failed or unknown."""

@@ -17,6 +17,7 @@ say that they no longer are. The other three are tombstones, kept (a bounded num
 import asyncio
 import contextlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -30,6 +31,7 @@ from kv_transfer.base import (
     TransferBroken,
     TransferCorrupt,
     TransferError,
+    TransferRefused,
 )
 from kv_transfer.memory import BlockMemory, Pages
 
@@ -69,6 +71,7 @@ class Ticket:
     error: TransferError | None = None
     progressed_s: float = float("-inf")
     waiters: list[asyncio.Future] = field(default_factory=list)
+    watcher: Callable[[TransferError], None] | None = None  # hears once of a bad end, under the lock
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def waiter(self) -> asyncio.Future:
@@ -83,17 +86,34 @@ class Ticket:
             with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there
                 waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
         self.waiters.clear()
+        if self.state not in (State.GRANTED, State.RECEIVING):
+            watcher, self.watcher = self.watcher, None
+            if watcher is not None and (verdict := self.verdict()) is not None:
+                watcher(verdict)
+
+    def verdict(self) -> TransferError | None:
+        """What its next chunk would be told, if it has ended badly."""
+        if self.state in (State.FAILED, State.RELEASED, State.EXPIRED):
+            return self.error or TransferRefused(f"ticket is {self.state.value}")
+        return None
 
     def is_complete(self, manifest: Manifest) -> bool:
         """False: chunks are missing that may still come. Raises TransferCorrupt if what came is not what was sent."""
         if self.received.num_chunks < manifest.num_chunks and not self.ended:
             return False
-        if self.received.manifest() != manifest:
+        self.require(manifest)
+        return True
+
+    def require(self, manifest: Manifest) -> None:
+        """Raises TransferError unless what came is what was sent, and everything that was to come."""
+        got, sent = self.received.manifest(), manifest
+        if got.num_chunks < sent.num_chunks:
+            raise TransferBroken(f"{got.num_chunks} chunks arrived: {sent.num_chunks} were sent")
+        if got != sent:
             raise TransferCorrupt("what arrived differs from the manifest")
         if self.num_covered != self.covered.size:
             missing = self.covered.size - self.num_covered
             raise TransferCorrupt(f"{missing} of {self.covered.size} (block, layer) pairs never came")
-        return True
 
     def cells(
         self, memory: BlockMemory, header: ChunkHeader, num_bytes: int, covered: np.ndarray, num_before: int

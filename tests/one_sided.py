@@ -3,13 +3,12 @@
 import threading
 from dataclasses import dataclass, field
 
-import grpc.aio
 import numpy as np
 
 from kv_transfer.base import BlockMemory, Endpoint, Placement
 from kv_transfer.checksum import crc32c
-from kv_transfer.grpc_stream import GrpcWire
-from kv_transfer.placed import PlacedOutgoing, Threads
+from kv_transfer.one_sided import OneSidedSender
+from kv_transfer.placed import Threads
 from kv_transfer.rect import Rect
 
 
@@ -25,6 +24,7 @@ class CpuWriter:
     num_writes: int = 0
     flip: bool = False
     fails: bool = False
+    is_instant: bool = True
 
     def write(self, rect: Rect, placement: Placement) -> "CpuWrite":
         self.num_writes += 1
@@ -55,44 +55,30 @@ class CpuWrite:
         return crc32c(pages)
 
 
-class CpuSender:
-    def __init__(self, writer: CpuWriter, source: tuple[str, str], progress_s: float) -> None:
+class CpuPool:
+    """The writer's target as a MappedPool."""
+
+    def __init__(self, writer: CpuWriter, control: str) -> None:
+        self.control = control
+        self._writer = writer
+
+    def holds(self, placement: Placement) -> bool:
+        return all(page < self._writer.target.num_blocks for page in placement.page_ids)
+
+    def writer(self, placement: Placement) -> CpuWriter:
+        return self._writer
+
+    def close(self) -> None:
+        pass
+
+
+class CpuSender(OneSidedSender):
+    """An endpoint's data is the name of its control socket, or nothing."""
+
+    def __init__(self, transport: str, writer: CpuWriter, source: tuple[str, str], progress_s: float) -> None:
         writer.gate.set()
-        self.writer, self.source, self.progress_s = writer, source, progress_s
-        self.threads = Threads("test")
-        self._links: list[CpuLink] = []
 
-    async def connect(self, address: str, endpoint: Endpoint) -> "CpuLink":
-        self._links.append(CpuLink(self, grpc.aio.insecure_channel(address)))
-        return self._links[-1]
+        def map_pool(endpoint: Endpoint) -> CpuPool:
+            return CpuPool(writer, endpoint.data.decode())
 
-    async def close(self) -> None:
-        for link in self._links:
-            await link.close()
-        self.threads.close()
-
-
-class CpuLink:
-    transport = "placed"
-
-    def __init__(self, sender: CpuSender, channel: grpc.aio.Channel) -> None:
-        self._sender, self._channel = sender, channel
-        self._open: set[PlacedOutgoing] = set()
-
-    def open(
-        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
-    ) -> PlacedOutgoing:
-        assert placement is not None
-        sender = self._sender
-        wire = GrpcWire(self._channel, transfer_id, sender.source)
-        memory, writer, threads = sender.writer.source, sender.writer, sender.threads
-        outgoing = PlacedOutgoing(memory, writer, wire, transfer_id, placement, threads, sender.progress_s)
-        self._open.add(outgoing)
-        outgoing.add_closed_callback(self._open.discard)
-        return outgoing
-
-    async def close(self) -> None:
-        for outgoing in list(self._open):
-            outgoing.abort("the link closes")
-            await outgoing.wait_closed()
-        await self._channel.close(None)
+        super().__init__(transport, writer.source, source, progress_s, Threads("test"), map_pool)

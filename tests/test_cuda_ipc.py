@@ -23,7 +23,8 @@ LAYERS = SHAPE[2]
 def test_a_pool_handle_survives_the_wire():
     from kv_transfer.cuda_ipc import PoolHandle
 
-    handle = PoolHandle("ab" * 64, 4096, 10, 1 << 20, 64, "GPU-1", "/proc/1/fd/3", "boot/pid:1:2")
+    socket = "pdserve-" + "0" * 32
+    handle = PoolHandle("ab" * 64, 4096, 10, 1 << 20, 64, "GPU-1", "/proc/1/fd/3", "boot/pid:1:2", socket)
     assert PoolHandle.decode(handle.encode()) == handle
     for broken in (
         b"",

@@ -49,7 +49,7 @@ def test_auto_starts_no_agent_for_a_pool_in_cpu_memory():
 
 @pytest.mark.parametrize("field", ["agent", "address", "num_blocks"])
 def test_a_handle_that_cannot_be_read(field: str):
-    good = PoolHandle("00ff", 4096, 10, 100, 0, "host", "/proc/1/fd/3")
+    good = PoolHandle("00ff", 4096, 10, 100, 0, "host", "/proc/1/fd/3", "")
     assert PoolHandle.decode(good.encode()) == good
     fields = json.loads(good.encode())
     for bad in ({**fields, field: "no hex" if field == "agent" else -1}, [1], {"agent": "00"}):

@@ -12,7 +12,7 @@ import pytest
 import kv_transfer
 from kv_transfer.base import BlockMemory
 from kv_transfer.create import push_handler
-from kv_transfer.grpc_stream import GrpcWire
+from kv_transfer.grpc_announcer import GrpcAnnouncer
 from kv_transfer.guards import Guards, open_guards
 from kv_transfer.placed import PlacedOutgoing, Threads
 from kv_transfer.receiver import Receiver
@@ -46,7 +46,7 @@ class OneSided:
         return self.receiver.grant("owner", SOURCE, block_ids, 0, 30.0, "writer")
 
     def open(self, transfer_id: bytes) -> PlacedOutgoing:
-        wire = GrpcWire(self.channel, transfer_id, SOURCE)
+        wire = GrpcAnnouncer(self.channel, transfer_id, SOURCE, 5.0)
         placement = self.receiver.placement(transfer_id)
         assert placement is not None
         return PlacedOutgoing(self.source, self.writer, wire, transfer_id, placement, self.threads, 5.0)

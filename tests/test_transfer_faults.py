@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kv_transfer
-from kv_transfer.base import Manifest
+from kv_transfer.base import Manifest, ManifestBuilder
 from kv_transfer.frames import HEADER_BYTES, Ack, begin_frame, chunk_frame, end_frame, token_frame
 from kv_transfer.grpc_stream import PUSH
 from protos import kv_transfer_pb2 as kv
@@ -82,9 +82,9 @@ async def test_a_flipped_byte_is_never_committed(pair: Pair, place: str):
 @pytest.mark.parametrize("at", [28, 32, 36, HEADER_BYTES - 1], ids=["block", "count", "bytes", "checksum"])
 async def test_a_damaged_announcement_is_never_committed(at: int):
     """What a one-sided writer says of its chunks crosses the wire, too."""
-    async with transfer_pair("placed") as pair:
+    async with transfer_pair("placed over grpc") as pair:
         transfer_id = pair.grant([1, 2])
-        mark, num_flips = b"KV\x02\x05" + transfer_id, 0
+        mark, num_flips = b"KV\x03\x05" + transfer_id, 0
 
         def tamper(data: bytes) -> bytes:
             nonlocal num_flips
@@ -169,7 +169,7 @@ async def test_only_well_formed_streams(pair: Pair):
         ((b"",), "frame of 0 bytes"),
         ((b"GET / HTTP/1.1" * 9,), "not a frame"),
         ((b"KV\x01" + begin[3:],), "not a frame"),
-        ((b"KV\x02\x09" + begin[4:],), "not a frame"),
+        ((b"KV\x03\x09" + begin[4:],), "not a frame"),
         ((chunk,), "CHUNK before BEGIN"),
         ((begin[:-1] + b"x",), "BEGIN frame's checksum"),
         ((other,), "unknown"),
@@ -206,7 +206,7 @@ async def out_of_order(pair: Pair, fault: str, frame: Callable[[bytes, int, int]
         "second begin": (begin, chunks[0], begin),
         "other transfer": (begin, chunks[0], foreign),
         "no end": (begin, *chunks),
-        "early end": (begin, chunks[0], end_frame(transfer_id, 2, 2048)),
+        "early end": (begin, chunks[0], end_frame(transfer_id, Manifest(2, 2048, bytes(32)))),
         "short": (begin, chunks[0][:-1]),
     }[fault]
     with pytest.raises((kv_transfer.TransferBroken, kv_transfer.TransferCorrupt)) as first:
@@ -219,7 +219,9 @@ async def out_of_order(pair: Pair, fault: str, frame: Callable[[bytes, int, int]
 async def test_a_replayed_stream_is_refused(pair: Pair):
     transfer_id = pair.grant([1])
     header, pages = make_chunk(pair.source, 0, [3], 0, (0, NUM_LAYERS))
-    end = end_frame(transfer_id, 1, header.num_bytes)
+    manifest = ManifestBuilder()
+    manifest.add(header)
+    end = end_frame(transfer_id, manifest.manifest())
     messages = (begin_frame(transfer_id, SOURCE), chunk_frame(transfer_id, header, pages), end)
     assert await push_raw(pair.address, *messages) == 1
     with pytest.raises(kv_transfer.TransferRefused, match="once"):

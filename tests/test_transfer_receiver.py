@@ -153,16 +153,23 @@ async def test_the_manifest_must_agree(receiver: Receiver):
 
 
 def test_end_must_agree_and_is_the_end(receiver: Receiver):
-    transfer_id = receiving(receiver)
-    header, pages = make_chunk(SENT, 0, [1], 0, (0, 1))
+    transfer_id = receiving(receiver, [1])
+    header, pages = make_chunk(SENT, 0, [1], 0, (0, NUM_LAYERS))
     receiver.chunk(transfer_id, header, pages)
-    receiver.end(transfer_id, 1, header.num_bytes)
+    receiver.end(transfer_id, manifest_of(header))
     with pytest.raises(kv_transfer.TransferRefused):
         receiver.chunk(transfer_id, *make_chunk(SENT, 1, [1], 0, (1, 2)))
     receiver.fail(transfer_id, kv_transfer.TransferBroken("too late to matter"))
-    other = receiving(receiver, [9])
-    with pytest.raises(kv_transfer.TransferBroken, match="were sent"):
-        receiver.end(other, 1, 4)
+    for wrong, error in (
+        (replace(manifest_of(header), num_chunks=2), kv_transfer.TransferBroken),
+        (replace(manifest_of(header), digest=bytes(32)), kv_transfer.TransferCorrupt),
+        (replace(manifest_of(header), num_bytes=4), kv_transfer.TransferCorrupt),
+    ):
+        other = receiving(receiver, [9])
+        receiver.chunk(other, header, pages)
+        with pytest.raises(error):
+            receiver.end(other, wrong)
+        assert receiver.release(other)
 
 
 def test_release_waits_for_the_chunk_being_placed(receiver: Receiver, monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ import kv_transfer
 from kv_transfer import choose, nixl
 from kv_transfer.base import BlockMemory, ChunkHeader, Endpoint, Link, ObjectStore, Outgoing, Placement
 from kv_transfer.checksum import crc32c
+from kv_transfer.control_server import ControlServer
 from kv_transfer.guards import Guards, open_guards
 from kv_transfer.receiver import Receiver
 from kv_transfer.relayout import Tiles
@@ -27,9 +28,10 @@ SOURCE = ("prefill-0", "incarnation-a")
 LAYER_OFFSETS = (0, 1024, 2048, 4096, 4608, 8192)
 BLOCK_BYTES = 8200
 NUM_LAYERS = len(LAYER_OFFSETS) - 1
-ONE_SIDED = choose.ONE_SIDED | {"placed"}
+PLACED = ("placed", "placed over grpc")  # a writer on the CPU: told over the control socket, or a Push stream
+ONE_SIDED = choose.ONE_SIDED | {*PLACED}
 needs_nixl = pytest.mark.skipif(not any(map(find_spec, nixl.PACKAGES)), reason="NIXL is not installed")
-TRANSPORTS = ["local", "grpc", "ray_store", "placed", pytest.param("nixl", marks=needs_nixl)]
+TRANSPORTS = ["local", "grpc", "ray_store", *PLACED, pytest.param("nixl", marks=needs_nixl)]
 
 
 def make_memory(num_blocks: int, seed: int | None = None, offsets: Sequence[int] = LAYER_OFFSETS) -> BlockMemory:
@@ -158,13 +160,16 @@ async def transfer_pair(
     stream = "grpc" if guards is not None else transport  # one-sided transports announce what they wrote
     stop = kv_transfer.serve(stream, receiver, server, receiver_store or object_store, address)
     await server.start()
+    control = ControlServer(receiver) if guards is not None else None
     endpoint, agent, sender = Endpoint(transport), None, None
-    if transport == "placed":
-        assert guards is not None
-        sender = CpuSender(CpuWriter(source, target, open_guards(guards.name)), SOURCE, progress_s)
+    if transport in PLACED:
+        assert guards is not None and control is not None
+        endpoint = Endpoint(transport, data=control.name.encode() if transport == "placed" else b"")
+        sender = CpuSender(transport, CpuWriter(source, target, open_guards(guards.name)), SOURCE, progress_s)
     elif transport == "nixl":
+        assert control is not None
         agent = nixl.agent_of(target)
-        endpoint = Endpoint(transport, data=nixl.export(target, receiver.guards_name))
+        endpoint = Endpoint(transport, data=nixl.export(target, receiver.guards_name, control.name))
     sender = sender or kv_transfer.create_sender(transport, source, SOURCE, object_store, max_chunk_bytes, progress_s)
     try:
         link = await sender.connect(address, endpoint)
@@ -172,6 +177,8 @@ async def transfer_pair(
         receiver.check()
     finally:
         await sender.close()
+        if control is not None:
+            control.close()
         stop()
         await server.stop(None)
         del agent  # the receiver's: senders could write as long as it was there

@@ -1,0 +1,167 @@
+"""The sending end of the control socket: frames leave from any thread, acknowledgements come on the event loop."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections import deque
+
+from kv_transfer.base import TransferBroken, TransferError
+from kv_transfer.control import NO_TRANSFER, address, is_name, new_socket, parse_answer, receive, stranger
+from kv_transfer.frames import Ack, abort_frame, begin_frame
+
+
+class ControlLink:
+    """One receiver's socket. Made, opened and closed on the event loop."""
+
+    def __init__(self, connection: socket.socket, source: tuple[str, str]) -> None:
+        self._connection = connection
+        self._source = source
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._backlog: deque[bytes] = deque()  # frames that the receiver has no room for; under the lock
+        self._streams: dict[bytes, ControlStream] = {}
+        self._error: TransferError | None = None  # why the link is over
+        self._loop.add_reader(connection, self._read)
+
+    @classmethod
+    async def connect(cls, name: str, source: tuple[str, str], timeout_s: float) -> "ControlLink":
+        """Raises TransferBroken where the socket cannot be reached."""
+        return cls(await asyncio.to_thread(_dial, name, timeout_s), source)
+
+    def open(self, transfer_id: bytes) -> "ControlStream":
+        """Sends BEGIN."""
+        stream = self._streams[transfer_id] = ControlStream(self, transfer_id)
+        if self._error is not None:
+            stream.settle(Ack(0, self._error))
+        self.send(begin_frame(transfer_id, self._source))
+        return stream
+
+    def send(self, frame: bytes) -> None:
+        """On any thread; never blocks. What cannot be sent any more ends every transfer of the link."""
+        with self._lock:
+            if self._error is not None:
+                return
+            if not self._backlog:
+                try:
+                    self._connection.send(frame)
+                    return
+                except BlockingIOError:
+                    self._notify(self._loop.add_writer, self._connection, self._flush)
+                except OSError as error:
+                    return self._notify(self._lose, _gone(error))
+            self._backlog.append(frame)
+
+    def forget(self, transfer_id: bytes, stream: "ControlStream") -> None:
+        if self._streams.get(transfer_id) is stream:  # not another that was opened under the same ticket
+            del self._streams[transfer_id]
+
+    def close(self) -> None:
+        """No transfer is under way."""
+        self._lose(TransferBroken("the link is closed"))
+
+    def _notify(self, callback, *args) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the link
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _read(self) -> None:
+        try:
+            while self._error is None and (packet := receive(self._connection)) is not None:
+                if not packet:
+                    return self._lose(TransferBroken("the receiver is gone: it has closed the control socket"))
+                transfer_id, ack = parse_answer(packet)
+                if transfer_id == NO_TRANSFER:
+                    return self._lose(ack.error or TransferBroken("the receiver has cut the link off"))
+                stream = self._streams.get(transfer_id)
+                if stream is not None:
+                    stream.settle(ack)
+        except OSError as error:
+            self._lose(_gone(error))
+        except TransferError as error:
+            self._lose(error)
+
+    def _flush(self) -> None:
+        with self._lock:
+            if self._error is not None:
+                return
+            try:
+                while self._backlog:
+                    self._connection.send(self._backlog[0])
+                    self._backlog.popleft()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                return self._notify(self._lose, _gone(error))
+            self._loop.remove_writer(self._connection)
+
+    def _lose(self, error: TransferError) -> None:
+        with self._lock:
+            if self._error is not None:
+                return
+            self._error = error
+            self._backlog.clear()
+            self._loop.remove_reader(self._connection)
+            self._loop.remove_writer(self._connection)
+            self._connection.close()
+        for stream in list(self._streams.values()):
+            stream.settle(Ack(0, error))
+
+
+class ControlStream:
+    """One transfer's frames and its one acknowledgement: an Announcer (kv_transfer/placed.py)."""
+
+    def __init__(self, link: ControlLink, transfer_id: bytes) -> None:
+        self._link = link
+        self._transfer_id = transfer_id
+        self._ack: Ack | None = None
+        self._over = asyncio.Event()
+
+    def announce(self, frame: bytes) -> None:
+        self._link.send(frame)
+
+    async def begin(self) -> None:
+        """BEGIN went out as the stream was made."""
+
+    async def answered(self, num_chunks: int | None) -> None:
+        await self._over.wait()
+        assert self._ack is not None
+        if self._ack.error is not None:
+            raise self._ack.error
+        if self._ack.num_chunks != num_chunks:
+            raise TransferBroken(f"the receiver has {self._ack.num_chunks} chunks: {num_chunks} were announced")
+
+    async def lost(self) -> None:
+        await self._over.wait()
+
+    async def close(self, error: BaseException | None) -> None:
+        if error is not None and self._ack is None:
+            self._link.send(abort_frame(self._transfer_id, str(error)))
+        self._link.forget(self._transfer_id, self)
+
+    def settle(self, ack: Ack) -> None:
+        if self._ack is None:
+            self._ack = ack
+            self._over.set()
+
+
+def _dial(name: str, timeout_s: float) -> socket.socket:
+    if not is_name(name):
+        raise TransferBroken(f"{name!r} is no control socket")
+    connection = new_socket()
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(address(name))
+        if who := stranger(connection):
+            raise TransferBroken(f"the control socket is held by {who}")
+        connection.setblocking(False)
+    except OSError as error:
+        connection.close()
+        raise TransferBroken(f"the control socket cannot be reached: {error}") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _gone(error: OSError) -> TransferBroken:
+    return TransferBroken(f"the receiver is gone: {error}")
