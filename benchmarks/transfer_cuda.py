@@ -35,10 +35,10 @@ from benchmarks.unchecked import no_digest_taken
 from kv_transfer.base import BlockMemory, Link
 from kv_transfer.create import create_sender
 from kv_transfer.cuda_ipc import CudaIpcSender
-from kv_transfer.cuda_pages import page_ids
 from kv_transfer.nixl import try_agent
 from kv_transfer.push_kernel import Side, launch
 from kv_transfer.relayout import TileRange
+from kv_transfer.staging import indices
 
 LAYERS, HEADS, DIM, MOVED, POOL = 32, 8, 128, 128, 160
 TARGETS = {16: 0.75, 64: 0.88}  # of the peer copy, for a whole transfer, by tokens a page
@@ -120,8 +120,8 @@ def milliseconds(work: Callable[[], Any], rounds: int = 5) -> float:
 def pusher(source: BlockMemory, link: Link, num_programs: int, with_digest: bool) -> Callable[[], None]:
     """Launches one push of all layers into blocks [0, MOVED) of the receiver's pool, which no ticket uses then."""
     pool = link._pool  # type: ignore[attr-defined]
-    mine = page_ids(random.Random(0).sample(range(POOL), MOVED), source.slab.device)
-    theirs = page_ids(random.Random(1).sample(range(POOL), MOVED), source.slab.device)
+    device = source.slab.device
+    mine, theirs = (indices(random.Random(i).sample(range(POOL), MOVED), device, torch.int32) for i in (0, 1))
     sums = torch.empty(num_programs, dtype=torch.int64, pin_memory=True)
     size, width = source.block_size, source.slab.shape[1]
     sides = (

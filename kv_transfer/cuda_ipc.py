@@ -10,7 +10,6 @@ import json
 import logging
 import mmap
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,14 +17,14 @@ import torch
 
 from kv_transfer import cuda_driver, locality
 from kv_transfer.base import Endpoint, Placement, ReadyEvent, TransferBroken, TransferRefused
-from kv_transfer.cuda_pages import first_of_each_shape, page_ids, warm_up
+from kv_transfer.control import is_name
+from kv_transfer.cuda_pages import PageTables, first_of_each_shape, warm_up
 from kv_transfer.guards import NUM_SLOTS, open_guards
 from kv_transfer.memory import BlockMemory
 from kv_transfer.one_sided import OneSidedSender
 from kv_transfer.placed import Threads
 from kv_transfer.push_kernel import Side, launch, total
 from kv_transfer.rect import Rect
-from kv_transfer.relayout import tile_ranges
 from kv_transfer.staging import side_stream
 
 NUM_PROGRAMS = 32  # of a push: what fills NVLink and leaves the model its multiprocessors (docs/performance.md)
@@ -61,6 +60,8 @@ class PoolHandle:
                 raise ValueError("a field is out of range")
             if not _GUARDS.fullmatch(handle.guards):
                 raise ValueError(f"guards {handle.guards!r}")
+            if handle.control and not is_name(handle.control):
+                raise ValueError(f"control {handle.control!r}")
         except (TypeError, ValueError) as error:
             raise TransferBroken(f"the receiver's pool handle cannot be read: {error}") from error
         return handle
@@ -109,13 +110,14 @@ class CudaIpcSender(OneSidedSender):
 
 
 class _Pool:
-    """The receiver's pool, mapped. Made and used on the launching thread."""
+    """The receiver's pool, mapped."""
 
     def __init__(self, memory: BlockMemory, handle: PoolHandle, num_programs: int) -> None:
         """Raises TransferBroken."""
         self.num_programs = num_programs
         self.memory = memory
         self.handle = handle
+        self.control = handle.control
         self.device = memory.slab.device
         self.stream = side_stream(self.device, "push")
         width = memory.slab.shape[1] // memory.block_size * handle.block_size
@@ -139,25 +141,29 @@ class _Pool:
     def holds(self, placement: Placement) -> bool:
         return max(placement.page_ids, default=0) < self.handle.num_blocks and 0 <= placement.guard < NUM_SLOTS
 
-    def writer(self) -> "_Writer":
-        return _Writer(self)
+    def writer(self, placement: Placement) -> "_Writer":
+        return _Writer(self, placement)
 
     def is_live(self, placement: Placement) -> bool:
         return int(self.guards[placement.guard]) == placement.generation
 
-    def push(
-        self, rect: Rect, tokens: tuple[int, int], pages: tuple[torch.Tensor, torch.Tensor], placement: Placement
-    ) -> "_Write":
-        """Launches on the side stream. `pages`: ours, and theirs from the one that holds the first token on."""
-        slab, size = self.memory.slab, self.memory.block_size
-        ranges = list(tile_ranges(self.memory.tiles, rect.layer_start, rect.layer_stop))
+    def tables(self, placement: Placement) -> PageTables:
+        num_tokens = len(placement.page_ids) * self.handle.block_size
+        with torch.cuda.stream(self.stream):
+            return PageTables(placement.page_ids, -(-num_tokens // self.memory.block_size), self.device)
+
+    def push(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
+        """Launches on the current stream, the side stream."""
+        slab = self.memory.slab
+        ranges = self.memory.tile_ranges(rect.layer_start, rect.layer_stop)
         sums = torch.empty(len(ranges), self.num_programs, dtype=torch.int64, pin_memory=True)
-        source = Side(slab.data_ptr(), slab.shape[1], size, pages[0].data_ptr(), rect.block_start)
-        theirs, first = self.handle, tokens[0] // self.handle.block_size
-        target = Side(self.address, theirs.block_bytes, theirs.block_size, pages[1].data_ptr(), first)
+        source = Side(slab.data_ptr(), slab.shape[1], self.memory.block_size, pages.ours, 0)
+        target = Side(self.address, self.handle.block_bytes, self.handle.block_size, pages.theirs, 0)
         guard = self._guards_at + 8 * placement.guard if self._guards_at else 0
-        for tiles, slot in zip(ranges, sums, strict=True):
-            launch(source, target, tokens, tiles, slot.data_ptr(), self.num_programs, guard, placement.generation)
+        at = sums.data_ptr()
+        for tiles in ranges:
+            launch(source, target, tokens, tiles, at, self.num_programs, guard, placement.generation)
+            at += 8 * self.num_programs
         event = torch.cuda.Event()
         event.record()
         return _Write(rect.after, event, sums, pages)
@@ -170,19 +176,22 @@ class _Pool:
 
     def _warm_up(self) -> None:
         """Compiles the kernels now, not within the first prompt's transfer: a push of no tokens."""
+        nothing = Placement((0,), 0, 2**31 - 1)
+        pages = self.tables(nothing)
         with torch.cuda.stream(self.stream):
-            none = page_ids([0], self.device)
-            nothing = Placement((), 0, 2**31 - 1)
+            pages.fill(0, [0])
             for layer in first_of_each_shape(self.memory.tiles):
-                self.push(Rect((), 0, layer, layer + 1, None), (0, 0), (none, none), nothing).wait()
+                self.push(Rect((), 0, layer, layer + 1, None), (0, 0), pages, nothing).wait()
 
 
 class _Writer:
-    """Of one transfer. On the launching thread."""
+    """Of one transfer."""
 
-    def __init__(self, pool: _Pool) -> None:
+    is_instant = True
+
+    def __init__(self, pool: _Pool, placement: Placement) -> None:
         self._pool = pool
-        self._pages: dict[tuple[int, Sequence[int]], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pages = pool.tables(placement)
 
     def write(self, rect: Rect, placement: Placement) -> "_Write":
         """What our last, partly filled block has behind the receiver's last page is left out."""
@@ -196,13 +205,10 @@ class _Writer:
         if locality.is_gone(pool.handle.process):  # its guards stay as they were
             raise TransferBroken("the receiver's process has ended")
         with torch.cuda.stream(pool.stream):
-            key = (rect.block_start, rect.block_ids)
-            if key not in self._pages:  # the layers of one stretch of blocks come one after the other
-                granted = placement.page_ids[tokens[0] // theirs : -(-tokens[1] // theirs)]
-                self._pages = {key: (page_ids(rect.block_ids, pool.device), page_ids(granted, pool.device))}
+            self._pages.fill(rect.block_start, rect.block_ids)
             if rect.after is not None:
                 pool.stream.wait_event(rect.after)  # type: ignore[arg-type]  # a torch.cuda.Event, where CUDA is
-            return pool.push(rect, tokens, self._pages[key], placement)
+            return pool.push(rect, tokens, self._pages, placement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +216,7 @@ class _Write:
     after: ReadyEvent | None
     event: torch.cuda.Event
     sums: torch.Tensor
-    pages: tuple[torch.Tensor, torch.Tensor]  # kept until they have been read
+    pages: PageTables  # kept until they have been read
 
     def wait(self) -> int:
         # Asleep while the layers are computed, which may take long; polling, in the driver, for the push itself.

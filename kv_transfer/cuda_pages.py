@@ -3,19 +3,58 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from kv_transfer.memory import BlockMemory, Pages
 from kv_transfer.push_kernel import Side, launch, total
-from kv_transfer.relayout import tile_ranges
-from kv_transfer.staging import indices, settled
+from kv_transfer.staging import indices, side_stream
 
-DIGEST_PROGRAMS = 64  # about half of an H100's multiprocessors, for the fraction of a millisecond that a digest takes
+# An H100 has 132 multiprocessors. A digest takes a tenth of a millisecond for 268 MB, and what is left of it when the
+# last bytes have landed is waited for.
+DIGEST_PROGRAMS = 132
 
 
-def page_ids(block_ids: Sequence[int], device: torch.device) -> torch.Tensor:
-    """As the kernel reads them."""
-    return indices(block_ids, device, torch.int32)
+class PageTables:
+    """The page ids of one transfer at its sender: theirs, known from the start, and ours, as they are pushed. Uploaded
+    on the current stream, the one that reads them."""
+
+    def __init__(self, theirs: Sequence[int], num_ours: int, device: torch.device) -> None:
+        self._first = -(-len(theirs) // 4) * 4  # of ours: 16 bytes, as everything the kernel was compiled for
+        self._staged = torch.empty(self._first + num_ours, dtype=torch.int32, pin_memory=True)
+        self._known = self._staged.numpy()
+        self._known[: len(theirs)] = theirs
+        self._known[self._first :] = -1
+        self._table = torch.empty(len(self._staged), dtype=torch.int32, device=device)
+        self._is_there = False  # theirs, on the device
+
+    @property
+    def theirs(self) -> int:
+        """Address of the page id of logical block 0."""
+        return self._table.data_ptr()
+
+    @property
+    def ours(self) -> int:
+        return self._table.data_ptr() + 4 * self._first
+
+    def fill(self, block_start: int, block_ids: Sequence[int]) -> None:
+        """Our pages of the logical blocks from `block_start` on; they never change."""
+        start = self._first + block_start
+        known, new = self._known[start : start + len(block_ids)], np.array(block_ids, np.int32)
+        if np.array_equal(known, new):
+            return
+        assert (known == -1).all(), "another page for a block that is on its way"
+        known[:] = new
+        first = start if self._is_there else 0
+        stop = start + len(block_ids)
+        self._table[first:stop].copy_(self._staged[first:stop], non_blocking=True)
+        self._is_there = True
+
+
+def table(memory: BlockMemory, block_ids: Sequence[int]) -> torch.Tensor:
+    """Uploaded behind the digests that are being taken; does not wait."""
+    with torch.cuda.stream(side_stream(memory.slab.device, "digest")):
+        return indices(block_ids, memory.slab.device, torch.int32)
 
 
 def first_of_each_shape(layers: Sequence[Any]) -> list[int]:
@@ -31,19 +70,23 @@ def warm_up(memory: BlockMemory) -> None:
 def digests(memory: BlockMemory, pages: Sequence[Pages]) -> list[int]:
     """Of what lies there now, on every program's own account. Blocks."""
     device, size = memory.slab.device, memory.block_size
-    ranges = [list(tile_ranges(memory.tiles, one.layer_start, one.layer_stop)) for one in pages]
+    ranges = [memory.tile_ranges(one.layer_start, one.layer_stop) for one in pages]
     sums = torch.empty(sum(map(len, ranges)), DIGEST_PROGRAMS, dtype=torch.int64, pin_memory=True)
-    slots = iter(sums)
-    with settled(device, "digest"):
-        held = []
+    at, held, event = sums.data_ptr(), [], torch.cuda.Event()
+    with torch.cuda.stream(side_stream(device, "digest")):
         for one, found in zip(pages, ranges, strict=True):
-            held.append(page_ids(one.block_ids, device))
-            side = Side(memory.slab.data_ptr(), memory.slab.shape[1], size, held[-1].data_ptr(), one.block_start)
+            ids = indices(one.block_ids, device, torch.int32) if one.table is None else one.table
+            held.append(ids)
+            first = one.block_start if one.table is None else 0
+            side = Side(memory.slab.data_ptr(), memory.slab.shape[1], size, ids.data_ptr(), first)
             tokens = one.tokens or (one.block_start * size, (one.block_start + len(one.block_ids)) * size)
             for tiles in found:
-                launch(side, None, tokens, tiles, next(slots).data_ptr(), DIGEST_PROGRAMS)
-    results, at = [], 0
+                launch(side, None, tokens, tiles, at, DIGEST_PROGRAMS)
+                at += 8 * DIGEST_PROGRAMS
+        event.record()
+    event.synchronize()  # polls, for it takes a fraction of a millisecond
+    results, row = [], 0
     for found in ranges:
-        results.append(total(sums[at : at + len(found)]))
-        at += len(found)
+        results.append(total(sums[row : row + len(found)]))
+        row += len(found)
     return results

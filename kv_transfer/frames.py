@@ -1,4 +1,4 @@
-"""Frames of /pdserve.v1.KvTransferService/Push, one gRPC message each, and of one host's control socket, one packet each
+"""Frames of /pdserve.v1.KvTransferService/Push, one gRPC message each, and of one host's control socket, a packet each
 (kv_transfer/control.py): little-endian, no protobuf.
 
     offset size

@@ -1,7 +1,7 @@
 """A pool of KV blocks as transports see it: rows of bytes with a table of layer offsets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from kv_transfer import staging
 from kv_transfer.checksum import copy_crc32c, crc32c
-from kv_transfer.relayout import Tiles, copy_rows, runs
+from kv_transfer.relayout import TileRange, Tiles, copy_rows, runs, tile_ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Pages:
     layer_start: int
     layer_stop: int
     tokens: tuple[int, int] | None = None  # [start, stop) of the logical blocks' tokens, None: all
+    table: torch.Tensor | None = None  # of all logical blocks from 0 on (BlockMemory.table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class BlockMemory:
     layer_offsets: tuple[int, ...]  # L + 1 byte offsets inside a block, ascending from 0
     block_size: int = 0  # tokens per block; 0: unknown, and then peers' blocks must be alike
     tiles: tuple[tuple[Tiles, ...], ...] = ()  # of each layer, where block_size is known
+    _ranges: dict[tuple[int, int], list[TileRange]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.slab.dtype != torch.uint8 or self.slab.dim() != 2 or not self.slab.is_contiguous():
@@ -66,6 +68,21 @@ class BlockMemory:
         """Bytes of layers [layer_start, layer_stop) of one block, ours or one of `block_size` tokens."""
         width = self.layer_offsets[layer_stop] - self.layer_offsets[layer_start]
         return width // self.block_size * block_size if block_size else width
+
+    def tile_ranges(self, layer_start: int, layer_stop: int) -> list[TileRange]:
+        """What a kernel moves of these layers, a launch each."""
+        found = self._ranges.get((layer_start, layer_stop))
+        if found is None:
+            found = self._ranges[layer_start, layer_stop] = list(tile_ranges(self.tiles, layer_start, layer_stop))
+        return found
+
+    def table(self, block_ids: Sequence[int]) -> torch.Tensor | None:
+        """Page ids that `digests` finds on the GPU, so that it need not bring them; None on a CPU."""
+        if not self.slab.is_cuda or not self.tiles:
+            return None
+        from kv_transfer.cuda_pages import table
+
+        return table(self, block_ids)
 
     def read(self, block_ids: Sequence[int], layer_start: int, layer_stop: int) -> list[np.ndarray]:
         """The layers' bytes, block after block: views of the pages on CPU, one staged copy on CUDA."""

@@ -126,7 +126,7 @@ def launch(
 
 def total(digests: torch.Tensor) -> int:
     """The digest of what one launch moved: its programs' sums, modulo 2^64."""
-    return int(digests.sum()) % 2**64
+    return int(digests.numpy().sum()) % 2**64  # int64 wraps around
 
 
 # Numbers of a launch that say nothing about alignment. Else a variant for each that is 1, or a multiple of 16, would be

@@ -123,6 +123,7 @@ class Receiver:
             placement=placement,
             writer=writer or "",
             is_test=is_test,
+            table=self.memory.table(block_ids) if writer is not None else None,
         )
         with self._lock:
             self._tickets[transfer_id] = ticket
@@ -200,8 +201,7 @@ class Receiver:
                 self._count(ticket, header, ticket.cells(self.memory, header, header.num_bytes, ticket.covered, 0))
 
     def end(self, transfer_id: bytes, manifest: Manifest) -> None:
-        """The sender has sent everything. Returns if what `manifest` counts is what came, and all that was to come:
-        verified, and not visible before `commit`."""
+        """The sender has sent everything. Raises unless all that was to come has, as `manifest` counts it."""
         ticket = self._find(transfer_id)
         with ticket.lock:
             if ticket.state is State.COMPLETE:
@@ -248,15 +248,12 @@ class Receiver:
                         self._fail(ticket, TransferBroken(f"no chunk came for {self.progress_s} s before the last one"))
 
     def watch(self, transfer_id: bytes, watcher: Callable[[TransferError], None]) -> None:
-        """Calls `watcher` once when the ticket has ended badly, with what its next chunk would be told: on any thread,
-        often under the ticket's lock, so it must not block."""
+        """Calls `watcher` once if the ticket ends badly, with what its next chunk would be told: on any thread, under
+        the ticket's lock, so it must not block."""
         ticket = self._find(transfer_id)
         with ticket.lock:
-            verdict = ticket.verdict()
-            if verdict is None:
-                ticket.watcher = watcher
-        if verdict is not None:
-            watcher(verdict)
+            ticket.watcher = watcher
+            ticket.wake()
 
     def heartbeat(self, transfer_ids: Iterable[bytes]) -> list[bytes]:
         """Renews leases; returns the tickets that are over, failed or unknown."""
@@ -357,7 +354,7 @@ class Receiver:
 
     def _bury(self, ticket: Ticket, state: State) -> None:
         ticket.state = state
-        ticket.block_ids = ()
+        ticket.block_ids, ticket.table = (), None
         ticket.covered = np.zeros((0, 0), np.bool_)
         ticket.wake()
         if self._guards is not None and ticket.placement is not None:

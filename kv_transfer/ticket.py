@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+import torch
 
 from kv_transfer.base import (
     ChunkHeader,
@@ -63,6 +64,7 @@ class Ticket:
     placement: Placement | None  # set: one-sided
     writer: str  # its process
     is_test: bool  # its bytes are nobody's KV
+    table: torch.Tensor | None = None  # of `block_ids`, where a GPU digests them
     num_covered: int = 0
     state: State = State.GRANTED
     received: ManifestBuilder = field(default_factory=ManifestBuilder)
@@ -142,11 +144,11 @@ class Ticket:
         layers = header.layer_start, header.layer_start + header.layer_count
         first, stop = header.block_start, header.block_start + header.block_count
         if not self.block_size:
-            return Pages(self.block_ids[first:stop], first, *layers)
+            return Pages(self.block_ids[first:stop], first, *layers, table=self.table)
         ours = memory.block_size
         tokens = first * self.block_size, min(stop * self.block_size, len(self.block_ids) * ours)
         first = tokens[0] // ours
-        return Pages(self.block_ids[first : -(-tokens[1] // ours)], first, *layers, tokens)
+        return Pages(self.block_ids[first : -(-tokens[1] // ours)], first, *layers, tokens, self.table)
 
 
 def to_come(block_size: int, num_blocks: int, first_block: int, sent: tuple[int, int] | None) -> tuple[range, int]:

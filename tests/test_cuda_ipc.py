@@ -164,12 +164,12 @@ async def write_to_the_dead() -> None:
         outgoing = link.open(transfer_id, placement=placement)
         peer.process.kill()
         await peer.process.wait()
-        pages = [torch.arange(64, dtype=torch.int32, device="cuda:0") for _ in range(2)]
+        pages = pool.tables(placement)
+        with torch.cuda.stream(pool.stream):
+            pages.fill(0, range(64))
         for _ in range(20):  # past the guard, which died with its owner only as far as its name goes
             with torch.cuda.stream(pool.stream):
-                pool.push(
-                    Rect(tuple(range(64)), 0, 0, LAYERS, None), (0, 64 * 64), (pages[0], pages[1]), placement
-                ).wait()
+                pool.push(Rect(tuple(range(64)), 0, 0, LAYERS, None), (0, 64 * 64), pages, placement).wait()
             await asyncio.sleep(0.1)
         assert source.slab.sum().item() and torch.ones(8, device="cuda:0").sum().item() == 8
         outgoing.abort("over")
