@@ -106,10 +106,12 @@ async def main(device: str, numbers: list[int]) -> None:
     await serve(make_memory(device, *numbers))
 
 
-async def serve(memory: BlockMemory, also: Callable[[dict[str, Any]], Awaitable[Any]] | None = None) -> None:
+async def serve(
+    memory: BlockMemory, also: Callable[[dict[str, Any]], Awaitable[Any]] | None = None, setting: str = "auto"
+) -> None:
     """Until stdin ends. `also` answers the commands that are not known here."""
     receiver = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
-    transports = kv_transfer.Transports("auto", receiver, ("receiver", "0"))
+    transports = kv_transfer.Transports(setting, receiver, ("receiver", "0"))
     server = grpc.aio.server(options=SERVER_OPTIONS)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     transports.serve(server, address)

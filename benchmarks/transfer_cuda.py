@@ -2,13 +2,13 @@
 
     python -m benchmarks.transfer_cuda [--rounds 9] [--block-sizes 16 64 128] [--programs 32 64 132]
 
-The pages are those of Llama-3.1-8B (32 layers of 8 kv heads x 128, bf16), 128 of them scattered in both pools, pushed
+The pages are those of Llama-3.1-8B (32 layers of 8 kv heads x 128, bf16), 8192 tokens scattered in both pools, pushed
 as four stretches of 8 layers. The receiver is another process. In one run, the physical bound first:
 
     copy       one contiguous peer copy of 1 GiB by the copy engine
     kernel     the push kernel alone, by GPU events, without and with taking the digest
-    transfer   cuda_ipc from open to the answer that everything has landed and is verified; with the commit's answer.
-               `unchecked`: as if nobody took digests
+    transfer   cuda_ipc from open to the answer that the manifest is verified; with the commit's answer; back to back,
+               two in flight; of 128 pages. `unchecked`: as if nobody took digests
     nixl       the same by our transport `nixl` over UCX, where the package is installed
     nccl       256 MiB of contiguous bytes, and the same pages gathered, sent and scattered (benchmarks/nccl_cuda.py)
     cost       a matrix product of 8192^3 alone, and while pages are pushed at full speed; the same for a stretch of
@@ -24,13 +24,13 @@ import json
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.cuda_peer import SOURCE, Peer, make_memory
+from benchmarks.transfer_whole import num_pages, pool_size, steady, transfers
 from benchmarks.unchecked import no_digest_taken
 from kv_transfer.base import BlockMemory, Link
 from kv_transfer.create import create_sender
@@ -40,7 +40,7 @@ from kv_transfer.push_kernel import Side, launch
 from kv_transfer.relayout import TileRange
 from kv_transfer.staging import indices
 
-LAYERS, HEADS, DIM, MOVED, POOL = 32, 8, 128, 128, 160
+LAYERS, HEADS, DIM = 32, 8, 128
 TARGETS = {16: 0.75, 64: 0.88}  # of the peer copy, for a whole transfer, by tokens a page
 
 
@@ -65,28 +65,33 @@ def main() -> None:
 
 
 async def measure(block_size: int, programs: list[int], rounds: int, copy: float) -> dict[str, Any]:
-    source = make_memory("cuda:0", block_size, POOL, LAYERS, HEADS, DIM, seed=1)
-    peer = await Peer.start("cuda:1", block_size, POOL, LAYERS, HEADS, DIM)
+    shape = (block_size, pool_size(block_size), LAYERS, HEADS, DIM)
+    source, count = make_memory("cuda:0", *shape, seed=1), num_pages(block_size)
+    peer = await Peer.start("cuda:1", *shape)
     found: dict[str, Any] = {}
     endpoint = next(e for e in peer.endpoints if e.transport == "cuda_ipc")
-    for count in programs:
-        sender = CudaIpcSender(source, SOURCE, num_programs=count)
+    for num_programs in programs:
+        sender = CudaIpcSender(source, SOURCE, num_programs=num_programs)
         link = await sender.connect(peer.address, endpoint)
-        figures = {"kernel": kernel(source, link, count, False), "kernel_digest": kernel(source, link, count, True)}
-        landed, committed = await transfers(source, peer, link, rounds)
-        figures |= {"transfer": landed, "transfer_committed": committed}
+        kernels = (kernel(source, link, num_programs, with_digest) for with_digest in (False, True))
+        figures = dict(zip(("kernel", "kernel_digest"), kernels, strict=True))
+        verified, committed = await transfers(source, peer, link, rounds, count)
+        figures |= {"transfer": verified, "transfer_committed": committed}
+        figures["transfer_steady"] = await steady(source, peer, link, rounds, count)
+        if count != 128:
+            figures["transfer_128_pages"] = (await transfers(source, peer, link, rounds, 128))[0]
         await peer.ask("digests", is_on=False)
         with no_digest_taken():
-            figures["transfer_unchecked"] = (await transfers(source, peer, link, rounds))[0]
+            figures["transfer_unchecked"] = (await transfers(source, peer, link, rounds, count))[0]
         await peer.ask("digests", is_on=True)
         if block_size == 64:
-            figures |= cost(source, link, count)
+            figures |= cost(source, link, num_programs)
         for name, figure in figures.items():
             is_rate = not name.startswith("cost")
             said = f"{figure:8.1f} GB/s {figure / copy:5.2f}" if is_rate else f"{figure:8.3f} of alone"
             said += f", target {TARGETS[block_size]}" if name == "transfer" and block_size in TARGETS else ""
-            print(f"{block_size:>4} tokens a page, {count:>3} programs: {name:<24}{said}", flush=True)
-        found[str(count)] = figures
+            print(f"{block_size:>4} tokens a page, {num_programs:>3} programs: {name:<24}{said}", flush=True)
+        found[str(num_programs)] = figures
         await sender.close()
     over_nixl = await nixl(source, peer, rounds)
     if over_nixl is not None:
@@ -118,12 +123,12 @@ def milliseconds(work: Callable[[], Any], rounds: int = 5) -> float:
 
 
 def pusher(source: BlockMemory, link: Link, num_programs: int, with_digest: bool) -> Callable[[], None]:
-    """Launches one push of all layers into blocks [0, MOVED) of the receiver's pool, which no ticket uses then."""
-    pool = link._pool  # type: ignore[attr-defined]
-    device = source.slab.device
-    mine, theirs = (indices(random.Random(i).sample(range(POOL), MOVED), device, torch.int32) for i in (0, 1))
+    """Launches one push of all layers of the pages into the receiver's pool, which no ticket uses then."""
+    pool, device = link._pool, source.slab.device  # type: ignore[attr-defined]
+    size, width, count = source.block_size, source.slab.shape[1], num_pages(source.block_size)
+    pages = (random.Random(i).sample(range(source.num_blocks), count) for i in (0, 1))
+    mine, theirs = (indices(ids, device, torch.int32) for ids in pages)
     sums = torch.empty(num_programs, dtype=torch.int64, pin_memory=True)
-    size, width = source.block_size, source.slab.shape[1]
     sides = (
         Side(source.slab.data_ptr(), width, size, mine.data_ptr(), 0),
         Side(pool.address, width, size, theirs.data_ptr(), 0),
@@ -131,32 +136,14 @@ def pusher(source: BlockMemory, link: Link, num_programs: int, with_digest: bool
     tiles = TileRange(0, LAYERS * 2 * HEADS, DIM * 2, 0)
 
     def push(_keep: tuple = (mine, theirs, sums)) -> None:
-        launch(*sides, (0, MOVED * size), tiles, sums.data_ptr(), num_programs, with_digest=with_digest)
+        launch(*sides, (0, count * size), tiles, sums.data_ptr(), num_programs, with_digest=with_digest)
 
     return push
 
 
 def kernel(source: BlockMemory, link: Link, num_programs: int, with_digest: bool) -> float:
-    return MOVED * source.slab.shape[1] / 1e6 / milliseconds(pusher(source, link, num_programs, with_digest))
-
-
-async def transfers(source: BlockMemory, peer: Peer, link: Link, rounds: int) -> tuple[float, float]:
-    """Medians: until everything has landed and is verified, and until the commit is answered."""
-    landed, committed = [], []
-    num_bytes = MOVED * source.slab.shape[1]
-    for index in range(rounds + 2):
-        mine, theirs = (random.Random(index + seed).sample(range(POOL), MOVED) for seed in (0, 1000))
-        transfer_id, placement = await peer.grant(theirs, link.transport)
-        started_s = time.perf_counter()
-        outgoing = link.open(transfer_id, placement=placement)
-        for layer in range(0, LAYERS, 8):
-            outgoing.push(mine, 0, layer, layer + 8)
-        manifest = await outgoing.finish()
-        landed_s = time.perf_counter()
-        await peer.commit(transfer_id, manifest)
-        landed.append(landed_s - started_s)
-        committed.append(time.perf_counter() - started_s)
-    return num_bytes / 1e9 / statistics.median(landed[2:]), num_bytes / 1e9 / statistics.median(committed[2:])
+    num_bytes = num_pages(source.block_size) * source.slab.shape[1]
+    return num_bytes / 1e6 / milliseconds(pusher(source, link, num_programs, with_digest))
 
 
 def cost(source: BlockMemory, link: Link, num_programs: int) -> dict[str, float]:
@@ -190,9 +177,10 @@ async def nixl(source: BlockMemory, peer: Peer, rounds: int) -> float | None:
         print(f"NIXL: {agent}", flush=True)
         return None
     sender = create_sender("nixl", source, SOURCE)
-    landed, _ = await transfers(source, peer, await sender.connect(peer.address, endpoint), rounds)
+    link = await sender.connect(peer.address, endpoint)
+    verified, _ = await transfers(source, peer, link, rounds, num_pages(source.block_size))
     await sender.close()
-    return landed
+    return verified
 
 
 async def nccl(block_sizes: list[int]) -> dict[str, float]:
