@@ -70,6 +70,10 @@ class PoolConfig(Placement):
     )
     kv_cache_gib: float | None = Field(default=None, gt=0, description="default on CPU: 1")
     gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
+    kv_cache_dtype: Literal["auto", "fp8"] | None = Field(
+        default=None,
+        description="default: the model's; fp8 in the decode pool alone: prompts computed in full, rounded on the way",
+    )
     max_num_batched_tokens: int = Field(default=2048, ge=1, description="tokens computed in one step")
     max_num_seqs: int = Field(default=64, ge=1, description="sequences in the running batch")
     fuse: bool = Field(default=True, description="CUDA: rebuild known decoder layers from fused kernels")
@@ -173,6 +177,18 @@ class DeploymentConfig(Section):
         default={},
         description="Ray runtime_env of all actors, such as {working_dir: .}; default: pdserve is on the nodes",
     )
+
+    @model_validator(mode="after")
+    def _kv_can_be_handed_over(self) -> "DeploymentConfig":
+        prefill, decode = self.kv_cache_dtype("prefill"), self.kv_cache_dtype("decode")
+        if prefill == "fp8" and decode != "fp8":
+            raise ValueError(f"prefill keeps fp8 and decode {decode}: KV is rounded on the way, never back")
+        if self.kv_return and prefill != decode:
+            raise ValueError(f"kv_return: prefill keeps {prefill} and decode {decode}: what was rounded cannot go back")
+        return self
+
+    def kv_cache_dtype(self, pool: PoolName) -> str:
+        return self.pools[pool].kv_cache_dtype or self.model.kv_cache_dtype
 
     @property
     def namespace(self) -> str:

@@ -60,7 +60,7 @@ def worker_spec(
         "dtype": config.model.dtype,
         "device": "cuda" if settings.num_gpus else "cpu",  # what Ray reserved, not what happens to be visible
         "load_format": config.model.load_format,
-        "kv_cache_dtype": config.model.kv_cache_dtype,
+        "kv_cache_dtype": config.kv_cache_dtype(pool),
         "max_model_len": config.model.max_model_len,
         "block_size": settings.block_size,
         "num_blocks": settings.num_blocks,

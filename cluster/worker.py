@@ -26,6 +26,7 @@ from decode_worker.session import DecodeServicer
 from engine.config import EngineConfig
 from engine.dispatch import Dispatcher
 from engine.engine import Engine
+from engine.kv_cache import DTYPES
 from kv_transfer.guards import Guards
 from kv_transfer.memory import BlockMemory
 from kv_transfer.peers import Peers
@@ -259,7 +260,7 @@ class Worker:
             await outgoing.wait_closed()
             await peer.release(granted.transfer_id, "canary over")
         peer.gb_per_s = manifest.num_bytes / seconds / 1e9
-        sent = {"bytes": manifest.num_bytes, "seconds": seconds, "transport": peer.link.transport, "why": peer.why}
+        sent = {"bytes": manifest.num_bytes, "seconds": seconds, "transport": peer.transport, "why": peer.why}
         return {"ok": True, "error": "", **sent}
 
     async def _set_state(self, state: worker_pb2.WorkerState) -> None:
@@ -310,4 +311,4 @@ def memory_of(engine: Engine) -> BlockMemory:
     """The engine's pool as transports see it."""
     layout = engine.layout
     tiles = tuple(tuple(Tiles(*entry) for entry in layer) for layer in layout.tiles)
-    return BlockMemory(engine.slab, layout.layer_offsets, layout.block_size, tiles)
+    return BlockMemory(engine.slab, layout.layer_offsets, layout.block_size, tiles, DTYPES[layout.kv_dtype])

@@ -78,7 +78,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             tickets_quarantined=self._receiver.quarantine.num_held,
             links=[
                 worker_pb2.LinkLoad(
-                    worker_id=peer.ref.worker_id, transport=peer.link.transport, why=peer.why, gb_per_s=peer.gb_per_s
+                    worker_id=peer.ref.worker_id, transport=peer.transport, why=peer.why, gb_per_s=peer.gb_per_s
                 )
                 for peer in self._peers.met()
             ],

@@ -82,7 +82,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             text = f"transport: {request.source.worker_id} has {', '.join(request.transports)}, "
             text += f"{self._me.worker_id} has {', '.join(self._transports.speaks)}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
-        if request.layout.fingerprint != self._layout.fingerprint:
+        if self._layout.fingerprint not in (request.layout.fingerprint, request.layout.float8_fingerprint):
             text = f"KV layouts differ: {request.source.worker_id} has {_describe(request.layout)}; "
             text += f"{self._me.worker_id} has {_describe(self._layout)}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)

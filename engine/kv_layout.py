@@ -8,7 +8,7 @@ Blocks are contiguous and layers within a block in order, so any layer range of 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, groupby
 
 from protos import kv_transfer_pb2 as pb
@@ -112,4 +112,5 @@ class KVLayout:
             rope_digest=self.rope_digest,
             block_bytes=self.block_bytes,
             fingerprint=self.fingerprint,
+            float8_fingerprint="" if self.kv_dtype == FP8 else replace(self, kv_dtype=FP8).fingerprint,
         )

@@ -16,7 +16,7 @@ AUTO = "auto"
 ORDER = ("local", "cuda_ipc", "nixl", "grpc")
 NAMES = (*ORDER, "ray_store")
 ONE_SIDED = frozenset(("cuda_ipc", "nixl"))
-EQUAL_BLOCKS = frozenset(("nixl",))  # transports that do not lay blocks of another size anew
+EQUAL_BLOCKS = frozenset(("nixl",))  # transports that take blocks as they are: of one size, kept in one dtype
 _APART = {"local": "the workers are different processes", "cuda_ipc": "the workers are on different hosts"}
 
 
@@ -37,7 +37,7 @@ def candidates(
     """Endpoints to try, best first, and why each better or other one is left out.
 
     `mine`: our locality for every transport we have; `missing`: why we do not have the others; `has_equal_blocks`: the
-    receiver's blocks hold as many tokens as ours.
+    receiver's blocks hold as many tokens as ours, kept in the same dtype.
     """
     offered = {endpoint.transport: endpoint for endpoint in endpoints}
     chosen, left_out = [], []
@@ -50,7 +50,7 @@ def candidates(
         elif endpoint.locality and endpoint.locality != mine[name]:
             left_out.append(f"{name}: {_APART.get(name, 'out of its reach')}")
         elif name in EQUAL_BLOCKS and not has_equal_blocks:
-            left_out.append(f"{name}: the block sizes differ")
+            left_out.append(f"{name}: the blocks differ in size or dtype")
         else:
             chosen.append(endpoint)
     return chosen, left_out

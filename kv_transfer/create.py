@@ -18,6 +18,7 @@ from kv_transfer.memory import BlockMemory
 from kv_transfer.outgoing import ChunkedOutgoing, Wire
 from kv_transfer.ray_store import RayStoreWire
 from kv_transfer.receiver import Receiver
+from kv_transfer.rounding import RoundedMemory
 from protos.grpc_options import CHANNEL_OPTIONS
 
 # What a sender makes its chunks of: a message's buffers and their copies stay in the processor's cache; an object's
@@ -60,7 +61,7 @@ class Transports:
         self._source = source
         self._object_store = object_store
         self._progress_s = progress_s
-        self._senders: dict[str, Sender] = {}
+        self._senders: dict[tuple[str, bool], Sender] = {}  # by transport, and whether they round
         self._undo: list[Callable[[], None]] = []
         self._control: ControlServer | None = None
         self.missing = {name: why for name in wanted(setting) if (why := _missing(name, receiver.memory, object_store))}
@@ -95,15 +96,17 @@ class Transports:
             keep_freed_pages()
             server.add_generic_rpc_handlers((push_handler(self._receiver, self._object_store),))
 
-    async def connect(self, address: str, endpoints: Sequence[Endpoint], block_size: int) -> Connection:
-        """The best link to the receiver at `address`, whose blocks hold `block_size` tokens. Raises TransferRefused
-        when there is none."""
-        has_equal_blocks = block_size == self._receiver.memory.block_size
+    async def connect(
+        self, address: str, endpoints: Sequence[Endpoint], block_size: int, is_rounded: bool = False
+    ) -> Connection:
+        """The best link to the receiver at `address`, whose blocks hold `block_size` tokens. `is_rounded`: it keeps
+        float8, and we do not. Raises TransferRefused when there is none."""
+        has_equal_blocks = block_size == self._receiver.memory.block_size and not is_rounded
         mine = {name: _locality(name) for name in self.speaks}
         chosen, left_out = candidates(self._setting, mine, self.missing, endpoints, has_equal_blocks)
         for endpoint in chosen:
             try:
-                link = await self._sender(endpoint.transport).connect(address, endpoint)
+                link = await self._sender(endpoint.transport, is_rounded).connect(address, endpoint)
             except TransferError as error:
                 left_out.append(f"{endpoint.transport}: {error}")
             else:
@@ -117,12 +120,14 @@ class Transports:
         if self._control is not None:
             await asyncio.to_thread(self._control.close)
 
-    def _sender(self, transport: str) -> Sender:
-        if transport not in self._senders:
-            self._senders[transport] = create_sender(
-                transport, self._receiver.memory, self._source, self._object_store, progress_s=self._progress_s
+    def _sender(self, transport: str, is_rounded: bool) -> Sender:
+        key = transport, is_rounded
+        if key not in self._senders:
+            memory = RoundedMemory.of(self._receiver.memory) if is_rounded else self._receiver.memory
+            self._senders[key] = create_sender(
+                transport, memory, self._source, self._object_store, progress_s=self._progress_s
             )
-        return self._senders[transport]
+        return self._senders[key]
 
 
 def create_sender(
@@ -191,8 +196,8 @@ class _Sender:
         self.progress_s = progress_s
         # A put may wait for room in the store, and one thread copies faster than a receiver takes. What only copies
         # into a message is done at once: a thread costs more than it saves.
-        # GPU pages are read by a thread too, which waits for each while the chunk before it is sent.
-        is_slow = object_store is not None or memory.slab.is_cuda
+        # GPU pages, and those that are rounded, are read by a thread too, while the chunk before is sent.
+        is_slow = object_store is not None or memory.slab.is_cuda or isinstance(memory, RoundedMemory)
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="kv-put") if is_slow else None
         self._links: list[_TwoSidedLink] = []
 

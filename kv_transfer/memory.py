@@ -39,6 +39,7 @@ class BlockMemory:
     layer_offsets: tuple[int, ...]  # L + 1 byte offsets inside a block, ascending from 0
     block_size: int = 0  # tokens per block; 0: unknown, and then peers' blocks must be alike
     tiles: tuple[tuple[Tiles, ...], ...] = ()  # of each layer, where block_size is known
+    dtype: torch.dtype | None = None  # of the rows' elements; None: unknown, and then no receiver gets them rounded
     _ranges: dict[tuple[int, int], list[TileRange]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

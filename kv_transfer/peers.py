@@ -52,9 +52,11 @@ class Peer:
         why: str,
         block_size: int,
         transfers: OpenTransfers,
+        transport: str = "",
     ):
         self.ref = ref
         self.link = link
+        self.transport = transport or link.transport  # as status and timings say it: with what happens on the way
         self.block_size = block_size  # tokens per block there
         self.why = why
         self.gb_per_s = 0.0  # of a verified test transfer; 0: not measured
@@ -244,7 +246,8 @@ class Peers:
             if answer.target != ref:
                 raise PeerUnavailable(f"{address} is worker {answer.target.worker_id} ({answer.target.incarnation})")
             endpoints = [Endpoint(one.transport, one.locality, one.data) for one in answer.endpoints]
-            connection = await self._transports.connect(address, endpoints, answer.layout.block_size)
+            is_rounded = answer.layout.fingerprint != self._layout.fingerprint
+            connection = await self._transports.connect(address, endpoints, answer.layout.block_size, is_rounded)
         except BaseException as error:
             await channel.close(None)
             if isinstance(error, TransferRefused):
@@ -254,8 +257,9 @@ class Peers:
             if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
                 raise PeerIncompatible(error.details()) from error
             raise PeerUnavailable(f"worker {ref.worker_id} at {address}: {error.code().name}") from error
-        peer = Peer(ref, channel, connection.link, connection.why, answer.layout.block_size, self.transfers)
-        _log.info("KV to %s goes over %s; %s", ref.worker_id, peer.link.transport, peer.why or "nothing passed over")
+        said = f"{connection.link.transport} as {answer.layout.kv_dtype}" if is_rounded else ""
+        peer = Peer(ref, channel, connection.link, connection.why, answer.layout.block_size, self.transfers, said)
+        _log.info("KV to %s goes over %s; %s", ref.worker_id, peer.transport, peer.why or "nothing passed over")
         return peer
 
     async def _announce(self) -> None:

@@ -95,7 +95,7 @@ class Handoff:
     @property
     def transport(self) -> str:
         """What it goes over; empty before the handshake."""
-        return self._peer.link.transport if self._peer is not None else ""
+        return self._peer.transport if self._peer is not None else ""
 
     async def commit(self, first_tokens: Sequence[kv.AdoptedToken]) -> None:
         """Returns once the decode worker has verified and adopted. Raises HandoffFailed."""

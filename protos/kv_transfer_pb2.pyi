@@ -15,7 +15,7 @@ class WorkerRef(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class KvLayout(_message.Message):
-    __slots__ = ("model", "weights_digest", "dtype", "block_size", "groups", "rope_digest", "block_bytes", "fingerprint", "kv_dtype")
+    __slots__ = ("model", "weights_digest", "dtype", "block_size", "groups", "rope_digest", "block_bytes", "fingerprint", "kv_dtype", "float8_fingerprint")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class KvLayout(_message.Message):
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    FLOAT8_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     model: str
     weights_digest: str
     dtype: str
@@ -34,7 +35,8 @@ class KvLayout(_message.Message):
     block_bytes: int
     fingerprint: str
     kv_dtype: str
-    def __init__(self, model: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[KvGroup, _Mapping]]] = ..., rope_digest: _Optional[str] = ..., block_bytes: _Optional[int] = ..., fingerprint: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    float8_fingerprint: str
+    def __init__(self, model: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[KvGroup, _Mapping]]] = ..., rope_digest: _Optional[str] = ..., block_bytes: _Optional[int] = ..., fingerprint: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., float8_fingerprint: _Optional[str] = ...) -> None: ...
 
 class KvGroup(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "key_dim", "value_dim", "window")

@@ -95,12 +95,12 @@ def _pick_pair(
     config: RouterConfig,
     full: frozenset[str],
 ) -> Route | None:
-    layouts = {_layout(w) for w in prefills} & {_layout(w) for w in decodes}
-    if not layouts:
+    given = set().union(*map(_given, prefills))
+    matching = [w for w in decodes if _layout(w) in given]
+    if not matching:
         raise RequestError(pb.ERROR_REASON_INCOMPATIBLE_WORKERS, _mismatch(prefills[0], decodes[0]))
-    matching = [w for w in decodes if _layout(w) in layouts]
     decode = _pick_decode(matching, need, config, full)
-    peers = [w for w in prefills if _layout(w) == _layout(decode)]
+    peers = [w for w in prefills if _layout(decode) in _given(w)]
     prefill = _pick(peers, prompt_load, _prompt_slack(need, config), need.key)
     return Route(prefill, decode, has_other_decode=len(matching) > 1)
 
@@ -172,6 +172,14 @@ def _block_size(worker: WorkerClient) -> int:
 def _layout(worker: WorkerClient) -> tuple[str, str]:
     assert worker.info is not None, "a ready worker has said who it is"
     return worker.info.layout.fingerprint, worker.info.transport
+
+
+def _given(worker: WorkerClient) -> set[tuple[str, str]]:
+    """The layouts that a prefill worker can hand over: its own, and that rounded to float8 on the way."""
+    fingerprint, transport = _layout(worker)
+    assert worker.info is not None
+    rounded = worker.info.layout.float8_fingerprint
+    return {(fingerprint, transport), (rounded, transport)} if rounded else {(fingerprint, transport)}
 
 
 def _mismatch(prefill: WorkerClient, decode: WorkerClient) -> str:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
 
@@ -153,13 +152,3 @@ async def test_a_service_with_fp8_pools(smollm2: Path, block_size: int) -> None:
         assert layout.block_bytes == 30 * 2 * 3 * 16 * (64 + 1)
         if block_size == 16:
             assert it.worker("decode").status()["kv_bytes_received"] == -(-len(ids) // 16) * layout.block_bytes
-
-
-async def test_pools_of_two_kinds_refuse_each_other(tiny: Path) -> None:
-    async with service(tiny, engine=dict(load_format="dummy"), decode_engine=dict(kv_cache_dtype="fp8")) as it:
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await it.generate(request("hello"))
-        assert raised.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-        assert "KV float32" in str(raised.value.details()) and "KV float8_e4m3fn" in str(raised.value.details())
-        canary = await it.worker("prefill").canary("decode-1", 4)
-        assert "with KV in float8_e4m3fn" in canary["error"]
