@@ -23,7 +23,8 @@ RAY_MODULES = ("test_cli", "test_cluster", "test_deployment", "test_transfer_kil
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in RAY_MODULES or "ray_store" in item.name:
+        is_rays = "ray_store" in item.name and item.path.stem != "test_returns"  # that has a store of its own
+        if item.path.stem in RAY_MODULES or is_rays:
             item.add_marker(pytest.mark.ray)
 
 
@@ -39,6 +40,23 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.service import tiny_model
 
     return tiny_model(smollm2, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file, since random weights are another device's others, with weights so large that its answers differ."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.service import tiny_model
+
+    directory = tiny_model(smollm2, tmp_path_factory.mktemp("checkpoint"), tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import grpc
 
 from cluster.worker import Role, Worker
 from engine.config import EngineConfig
+from kv_transfer.base import ObjectStore
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from router.config import RouterConfig
@@ -129,6 +130,7 @@ async def service(
     decode_engine: dict | None = None,
     router: dict | None = None,
     kv_return: bool = False,
+    object_store: ObjectStore | None = None,
 ) -> AsyncIterator[Service]:
     """`engine` are EngineConfig fields of every worker, `decode_engine` more of them for the decode workers."""
     roles: list[Role] = ["prefill"] * prefill + ["decode"] * decode + ["both"] * both  # type: ignore[list-item]
@@ -137,7 +139,8 @@ async def service(
 
     def build(worker_id: str, role: Role) -> Worker:
         own = {**settings, **(decode_engine or {})} if role == "decode" else settings
-        return Worker(worker_id, role, EngineConfig(model=str(model), **own), transport, kv_return=kv_return)
+        config = EngineConfig(model=str(model), **own)
+        return Worker(worker_id, role, config, transport, object_store=object_store, kv_return=kv_return)
 
     front = Router(RouterConfig(served_model_name="test-model", **(router or {})), model)
     try:

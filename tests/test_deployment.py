@@ -21,18 +21,20 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tests.references import load
 from tests.service import NOTHING_LEFT, Answer, collect, request
+from tests.transfer import needs_nixl
 
 BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 4  # SmolLM2: layers, K and V, heads, tokens, dim, fp32
 
 
 @contextmanager
-def deployed(transport: str = "grpc", **pools: dict[str, Any]) -> Iterator[Deployment]:
+def deployed(transport: str = "grpc", kv_return: bool = False, **pools: dict[str, Any]) -> Iterator[Deployment]:
     """One prefill worker on one node, one decode worker on the other; afterwards no process of it is left."""
     small = {"num_blocks": 200, "max_num_batched_tokens": 64, "num_threads": 1}
     config = DeploymentConfig.model_validate(
         {
             "name": "test",
             "transport": transport,
+            "kv_return": kv_return,
             "router": {"port": 0, "retry_wait_s": 60},
             "pools": {
                 name: {**small, "label_selector": {"pool": name}, **pools.get(name, {})}
@@ -102,6 +104,26 @@ async def test_greedy_tokens_are_those_of_transformers(two_nodes, transport):
         moved = sum(answer.timings.kv_transfer_bytes for answer in answers)
         assert workers(status)["prefill-0"]["report"]["kv_bytes_sent"] == moved
         assert workers(status)["decode-0"]["report"]["kv_bytes_received"] == moved
+
+
+@pytest.mark.parametrize("transport", ["ray_store", pytest.param("nixl", marks=needs_nixl)])
+async def test_the_next_turn_computes_only_the_new_message(two_nodes, transport):
+    """What the first turn left at the decode worker is in the prefill worker's cache, by the same way back."""
+    prompt, message = load()[0]["prompt"], load()[1]["prompt"][-12:]
+    with deployed(transport, kv_return=True) as deployment:
+        async with client(deployment) as stub:
+            first = await collect(stub.GenerateStream(request(prompt, 24, ignore_eos=True), timeout=120.0))
+            await until(deployment, lambda s: workers(s)["decode-0"]["report"]["kv_returned_blocks"])
+            again = [*prompt, *first.token_ids[0], *message]
+            second = await collect(stub.GenerateStream(request(again, 24, ignore_eos=True), timeout=120.0))
+            whole = request(again, 24, ignore_eos=True, cache=pb.CacheOptions(bypass_prefix_cache=True))
+            computed = await collect(stub.GenerateStream(whole, timeout=120.0))
+        own, held = len(prompt) // 16 * 16, (len(prompt) + 23) // 16 * 16
+        assert second.timings.returned_tokens == held - own and second.timings.kv_transport == transport
+        assert second.token_ids == computed.token_ids and not computed.timings.returned_tokens
+        status = await until(deployment, is_idle)
+        reports = {name: worker["report"] for name, worker in workers(status).items()}
+        assert reports["decode-0"]["kv_returned_bytes"] == reports["prefill-0"]["kv_bytes_received"] > 0
 
 
 async def test_pools_scale_under_load_without_a_failure(two_nodes):

@@ -15,6 +15,7 @@ from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
 from tests.references import load
 from tests.service import Answer, Service, collect, request, service
+from tests.transfer import DictStore, needs_nixl
 
 BLOCK = 16
 DUMMY = {"load_format": "dummy", "num_blocks": 64}
@@ -38,12 +39,14 @@ async def chat(
     return first, await s.generate(request(again, max_tokens, ignore_eos=True, **fields)), again
 
 
-async def test_the_next_turn_computes_only_the_new_message(smollm2):
+@pytest.mark.parametrize("transport", ["local", "grpc", "ray_store", pytest.param("nixl", marks=needs_nixl)])
+async def test_the_next_turn_computes_only_the_new_message(smollm2, transport: str):
     rows = [load()[i] for i in (0, 4, 10)]
     message = load()[1]["prompt"][-12:]
     tokens: dict[bool, list[list[int]]] = {}
     for kv_return in (False, True):
-        async with service(smollm2, kv_return=kv_return) as s:
+        store = DictStore() if transport == "ray_store" else None
+        async with service(smollm2, transport=transport, object_store=store, kv_return=kv_return) as s:
 
             async def turns(prompts: list[list[int]], s: Service = s) -> list[Answer]:
                 answers = await asyncio.gather(*(s.generate(request(p, 24, ignore_eos=True)) for p in prompts))
@@ -66,6 +69,8 @@ async def test_the_next_turn_computes_only_the_new_message(smollm2):
             assert refused == dropped == 0 and (num_blocks > 0) == kv_return
             assert num_bytes == num_blocks * s.worker("prefill").engine.layout.block_bytes
             assert num_bytes == s.worker("prefill").status()["kv_bytes_received"]
+            for worker in s.workers:
+                assert {link["transport"] for link in worker.status()["links"]} <= {transport}
             tokens[kv_return] = [answer.token_ids[0] for answer in (*firsts, *seconds)]
     assert tokens[True] == tokens[False]
 

@@ -11,7 +11,7 @@ import torch
 from protos import inference_pb2_grpc
 from router.config import RouterConfig
 from router.server import Router
-from tests.service import NOTHING_LEFT, collect, request, service, tiny_model
+from tests.service import NOTHING_LEFT, collect, request, service
 from tests.worker_process import WorkerProcess
 
 SIZES = {"num_blocks": 128, "block_size": 16, "max_num_batched_tokens": 64, "dtype": "float32", "num_threads": 1}
@@ -19,20 +19,6 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 NIXL = pytest.mark.skipif(
     not any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13")), reason="needs NIXL"
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file, since random weights are another device's others, with weights so large that its answers differ."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    directory = tiny_model(smollm2, tmp_path_factory.mktemp("checkpoint"), tie_word_embeddings=False)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(directory)
-    return directory
 
 
 async def nothing_left(worker: WorkerProcess) -> None:

@@ -3,7 +3,8 @@
     python -m tests.worker_process ROLE MODEL TRANSPORT ENGINE_JSON [OPTIONS_JSON]
 
 Prints its member; then takes members, in hex, or "status", "check" or "ended ID INCARNATION", a line each, and answers
-all but the first. Options: `host` that it takes itself to be on, `kv_return`.
+all but the first. Options: `host` that it takes itself to be on, `kv_return`, `is_held`: it commits no transfer that
+does not fail.
 """
 
 import asyncio
@@ -13,6 +14,8 @@ import sys
 from cluster.worker import Worker
 from engine.config import EngineConfig
 from kv_transfer import locality
+from kv_transfer.base import Manifest, Outgoing
+from kv_transfer.peers import Peer
 from protos.worker_pb2 import Member, Members
 
 
@@ -58,6 +61,14 @@ async def main(role: str, model: str, transport: str, engine: str, options: str)
     settings = json.loads(options)
     if host := settings.pop("host", ""):
         locality.host = lambda: host
+    if settings.pop("is_held", False):
+        commit = Peer.commit
+
+        async def held(peer: Peer, transfer_id: bytes, outgoing: Outgoing, *rest) -> Manifest:
+            await outgoing.wait_closed()
+            return await commit(peer, transfer_id, outgoing, *rest)
+
+        Peer.commit = held  # type: ignore[method-assign]
     config = EngineConfig(model=model, **json.loads(engine))
     worker = Worker(f"{role}-0", role, config, transport, **settings)  # type: ignore[arg-type]
     print((await worker.start()).SerializeToString().hex(), flush=True)
