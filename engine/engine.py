@@ -252,11 +252,11 @@ class Engine:
             torch.set_num_threads(self.config.num_threads)  # the count belongs to the thread
         if self.slab.is_cuda:
             torch.cuda.set_device(self.slab.device)  # so does the device, and with it where kernels and events go
-        idle = True
+        idle, quiet, more = True, False, True
         while True:
             with self._wake:
-                while idle and not self._inbox and not self._stopping:
-                    self._wake.wait(IDLE_BEAT_S)
+                while idle and not self._inbox and not self._stopping and not (quiet and more):
+                    quiet = not self._wake.wait(IDLE_BEAT_S)
                     self._beat = time.monotonic()
                 if self._stopping:
                     break
@@ -264,6 +264,9 @@ class Engine:
             for command in inbox:
                 command()
             idle = not self._step()
+            quiet = quiet and idle
+            if quiet and more:
+                more = self._runner.warm_next()
             self._beat = time.monotonic()
         for future in self._grants.values():
             future.cancel()

@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -32,6 +32,7 @@ from engine.sampler import sample
 from engine.sequence import Plan, Row, RowResult
 from engine.shrink import OutOfMemory, compute_in_parts, is_out_of_memory
 from engine.steps import Flight, Steps
+from engine.torch_prefill import plans
 from engine.verify import UnsupportedModel, dummy_row
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class Runner:
             self._capture(config, self.steps)
             free = torch.cuda.mem_get_info(self.device)[0] / 2**30
             progress(f"{len(self.steps.graphs)} CUDA graphs, {free:.2f} GiB of the device left free")
+        self._ahead = self._plans(config)
         clock.append(time.monotonic())
         compile_s, fuse_s, pool_s, graphs_s = (b - a for a, b in pairwise(clock))
         progress(
@@ -146,6 +148,20 @@ class Runner:
             return self.launch(Plan(rows), sinks).result()
 
         return compute_in_parts(plan.rows, announced, self.layout.block_size, compute)
+
+    def warm_next(self) -> bool:
+        """Makes one thing that the first prompt of some length would wait for; on the thread that will launch its step.
+        False: nothing is left to make."""
+        task = next(self._ahead, None)
+        if task is None:
+            return False
+        try:
+            with torch.inference_mode():
+                task()
+        except Exception as error:  # whoever needs it will see
+            log.debug("not made ahead: %s: %s", type(error).__name__, error)
+            self._ahead = iter(())
+        return True
 
     def _start(self, steps: Steps, plan: Plan, reports: "list[_Report]") -> Handle:
         """The device path: returns when the step is launched."""
@@ -203,8 +219,19 @@ class Runner:
         except (torch.OutOfMemoryError, OSError, OverflowError):
             raise no_room_for(config, num_blocks, block_bytes, self.device) from None
 
+    def _plans(self, config: EngineConfig) -> Iterator[Callable[[], object]]:
+        fused = self.model.fused
+        if fused is None:  # nobody knows how its tensors lie
+            return iter(())
+        calls, num_heads = [layer.call for layer in fused.layers], fused.layers[0].num_heads
+        max_len = self._max_len(config, self.cache)
+        return plans(calls, num_heads, self.cache, self.cache.dtype, config.max_num_batched_tokens, max_len)
+
+    def _max_len(self, config: EngineConfig, cache: KVCache) -> int:
+        return min(config.max_model_len or self.model.info.max_model_len, cache.num_blocks * self.layout.block_size)
+
     def _steps(self, config: EngineConfig, cache: KVCache) -> Steps:
-        max_len = min(config.max_model_len or self.model.info.max_model_len, cache.num_blocks * self.layout.block_size)
+        max_len = self._max_len(config, cache)
         max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         width = -(-max_len // self.layout.block_size)
         return Steps(self.model, cache, max(config.max_num_batched_tokens, max_rows), max_rows, max_rows * width)

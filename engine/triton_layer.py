@@ -180,7 +180,7 @@ def write_kernel(
         tl.store(cache + base + (head * BLOCK_SIZE + offset) * VALUE_DIM + d, v, mask=d < VALUE_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table"])  # a row's table begins anywhere
 def gather_kernel(
     cache,  # the slab, as elements
     scales,  # the slab, as bytes

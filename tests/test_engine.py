@@ -1,8 +1,10 @@
 """The engine as a whole: equal to transformers, to itself in other company, and alive."""
 
 import json
+import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,31 @@ def test_idle_engine_sleeps_and_still_has_a_heartbeat(pair) -> None:
     time.sleep(1.5)
     assert cpu_ticks() - before <= 1  # of 150
     assert a.heartbeat_age_s() < 1.0
+
+
+def test_an_idle_engine_makes_ready_what_prompts_would_wait_for(llama: Path) -> None:
+    """On its own thread, one thing between two looks at the inbox; a failure ends it and nothing else."""
+    listener = Listener()
+    engine = make_engine(llama, listener)
+    request, last = greedy("a", prompt(5), max_tokens=3), threading.Event()
+    made: list[tuple[str, int]] = []
+
+    def make(i: int) -> None:
+        if i == 1:
+            engine.submit(request)  # served before the third
+        made.append((threading.current_thread().name, len(listener.tokens)))
+        if i == 2:
+            last.set()
+            raise RuntimeError("this one cannot be made")
+
+    engine._runner._ahead = (partial(make, i) for i in range(9))
+    with engine:
+        listener.wait(request)
+        assert last.wait(30)
+        other = greedy("b", prompt(9))
+        engine.submit(other)
+        listener.wait(other)
+    assert made == [("engine", 0), ("engine", 0), ("engine", 3)]
 
 
 def test_a_dead_thread_has_no_heartbeat(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,7 +313,7 @@ def test_attend_by_cudnn(lengths: list[tuple[int, int]]) -> None:
         rows = slice(start, start + num_queries)
         _reference_chunk(query[rows], call, Chunk(start, num_queries, kv_len, table), cache, expected[rows])
         chunks.append(Chunk(start, num_queries, kv_len, table.to(DEVICE)))
-        key, value = (x[-num_queries:] for x in gather(chunks[-1], 1, here, kv_len))
+        key, value = (x[-num_queries:] for x in gather(chunks[-1], 1, here, 0, kv_len))
         keys.append(key)
         values.append(value)
         start += num_queries
