@@ -181,6 +181,8 @@ async def transfer_pair(
             control.close()
         stop()
         await server.stop(None)
+        if guards is not None:
+            guards.close()
         del agent  # the receiver's: senders could write as long as it was there
 
 
