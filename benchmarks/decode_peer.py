@@ -6,12 +6,14 @@ Answers, beside what benchmarks/cuda_peer.py does:
 
     lots     num_blocks, count -> page ids of so many reservations, held for good
     batch    size, context     -> once that many sequences, in place of those before, have got their first tokens
+    reading  block_ids, gb_per_s -> from now on these pages are digested, at that rate; of no pages: nothing is
     steps    start_s, stop_s   -> lengths in ms of the full batch's steps between two times of CLOCK_MONOTONIC
 """
 
 import asyncio
 import random
 import sys
+import threading
 import time
 from itertools import pairwise
 from typing import Any
@@ -24,6 +26,7 @@ from decode_worker.kv_service import canary_request
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import Event, Request, SamplingParams, Token
+from kv_transfer.memory import BlockMemory, Pages
 
 WARM_STEPS = 8  # before a batch counts as running
 
@@ -86,6 +89,26 @@ class Batch:
         return [(b - a) * 1e3 for a, b in pairwise(self._ends) if a >= start_s and b <= stop_s]
 
 
+class Reading:
+    """The receiver's digest of some pages, all layers, again and again on a thread."""
+
+    def __init__(self, memory: BlockMemory, block_ids: list[int], gb_per_s: float):
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(memory, block_ids, gb_per_s))
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _read(self, memory: BlockMemory, block_ids: list[int], gb_per_s: float) -> None:
+        pages = [Pages(block_ids, 0, 0, memory.num_layers, table=memory.table(block_ids))]
+        due_s, period_s = time.monotonic(), len(block_ids) * memory.slab.shape[1] / 1e9 / gb_per_s
+        while not self._is_over.wait(max(0, due_s - time.monotonic())):
+            memory.digests(pages)
+            due_s += period_s
+
+
 async def main(model: str, device: str, kv_gib: float, max_tokens: int) -> None:
     sys.setswitchinterval(2e-4)
     if device != "cpu":
@@ -93,7 +116,10 @@ async def main(model: str, device: str, kv_gib: float, max_tokens: int) -> None:
     batch = Batch()
     engine = batch.engine = make_engine(model, device, kv_gib, max_tokens, batch.listen)
 
+    memory, reading = memory_of(engine), None
+
     async def answer(asked: dict[str, Any]) -> Any:
+        nonlocal reading
         match asked["what"]:
             case "lots":
                 probe = asked["num_blocks"] * engine.layout.block_size - 1
@@ -102,11 +128,16 @@ async def main(model: str, device: str, kv_gib: float, max_tokens: int) -> None:
                 return [(await asyncio.wrap_future(one)).block_ids for one in asking]
             case "batch":
                 return await batch.start(asked["size"], asked["context"], asked["name"])
+            case "reading":
+                if reading is not None:
+                    reading.stop()
+                reading = Reading(memory, asked["block_ids"], asked["gb_per_s"]) if asked["block_ids"] else None
+                return None
             case "steps":
                 return batch.steps(asked["start_s"], asked["stop_s"])
         raise AssertionError(asked)
 
-    await serve(memory_of(engine), answer)
+    await serve(memory, answer)
     engine.stop()
 
 

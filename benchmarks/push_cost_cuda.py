@@ -1,6 +1,6 @@
 """What a push of KV costs the two GPUs at work: the one that prefills and pushes, and the one that decodes meanwhile.
 
-    python -m benchmarks.push_cost_cuda [--rounds 5] [--programs 32 64 132] [--prompt 8192] [--batch 64]
+    python -m benchmarks.push_cost_cuda [--rounds 5] [--programs 8 16 32 132] [--prompt 8192] [--batch 64]
 
 Two engines of Llama-3.1-8B's shape (bf16, random weights, graphs), each a process with a GPU; rounds alternate.
 
@@ -8,8 +8,9 @@ Two engines of Llama-3.1-8B's shape (bf16, random weights, graphs), each a proce
              with one that pushes every layer into the other GPU's pool, by so many programs. Single, and three back to
              back, where the pushes of one prompt's last layers run beside the next one's first. Target: 1.03.
     decode   a step of a full batch in windows that alternate with quiet ones: while layers of a prompt come at the rate
-             that one prefill GPU makes them (target 1.02), and as fast as the wire takes them (target 1.10); the pages
-             read back by the digest or not. Each window is compared with the quiet ones beside it.
+             that one prefill GPU makes them (target 1.02); prompts as fast as transfers go; and while the push kernel
+             alone writes at the wire's full speed, and the receiver's digest reads as many bytes (target 1.10). Beside
+             them without digests. Each window is compared with the quiet ones beside it.
 
 Floor of both ratios: 1. `--shape toy --devices cpu cpu` shows over grpc that the script runs. Prints a table, and one
 JSON line last.
@@ -30,23 +31,19 @@ import torch
 
 from benchmarks.cuda_peer import Peer
 from benchmarks.engine_cuda_shapes import SHAPES, Shape
-from benchmarks.push_source import LANES, Prefill, Pushes
+from benchmarks.push_source import LANES, Prefill, Pushes, WirePushes
 from benchmarks.stats import percentile
 
 BACK_TO_BACK = 3
 PREFILL_TARGET = 1.03
-WINDOWS = {  # name: (pushes at the wire's speed, digests, target)
-    "one prefill's rate": (False, True, 1.02),
-    "the wire's speed": (True, True, 1.10),
-    "one prefill's rate, not read back": (False, False, None),
-    "the wire's speed, not read back": (True, False, None),
-}
+RATE, TRANSFERS, WIRE = "one prefill's rate", "transfers as fast as they go", "the wire's speed"
+TARGETS = {RATE: 1.02, WIRE: 1.10}  # of a quiet step, with digests
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--programs", type=int, nargs="+", default=[32, 64, 132], help="of the push kernel")
+    parser.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32, 132], help="of the push kernel")
     parser.add_argument("--wire-programs", type=int, default=132, help="for the wire's speed beside decode")
     parser.add_argument("--prompt", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=64)
@@ -70,7 +67,7 @@ async def measure(args: argparse.Namespace) -> None:
         if is_cuda:
             torch.cuda.set_device(args.devices[0])
         prefill = await asyncio.to_thread(Prefill, folder, args.devices[0], args.kv_gib, args.prompt)
-        await prefill.connect(await starting, max(LANES, BACK_TO_BACK) + 1)
+        await prefill.connect(await starting, max(LANES, BACK_TO_BACK) + 2)
     print(f"both engines ready after {time.perf_counter() - started_s:.1f} s", flush=True)
     found = {"prefill": await prefills(prefill, args)}
     found["decode"] = await decodes(prefill, args)
@@ -115,10 +112,13 @@ async def prefills(prefill: "Prefill", args: argparse.Namespace) -> dict[str, An
 
 
 async def decodes(prefill: "Prefill", args: argparse.Namespace) -> dict[str, Any]:
-    steps: dict[str, list[float]] = {name: [] for name in ("quiet", *WINDOWS)}
-    ratios: dict[str, list[float]] = {name: [] for name in WINDOWS}
-    moved: dict[str, list[float]] = {name: [] for name in WINDOWS}
+    kinds = (RATE, TRANSFERS, WIRE) if args.devices[0] != "cpu" else (RATE, TRANSFERS)
+    names = [f"{kind}{how}" for kind in kinds for how in ("", ", no digests")]
+    steps: dict[str, list[float]] = {name: [] for name in ("quiet", *names)}
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    moved: dict[str, list[float]] = {name: [] for name in names}
     prefill.use(args.wire_programs)
+    wire_lot, wire_gb_per_s = await prefill.lots.get(), 0.0
 
     async def quiet() -> float:
         found = await window(prefill.peer, args.window_s)
@@ -128,16 +128,24 @@ async def decodes(prefill: "Prefill", args: argparse.Namespace) -> dict[str, Any
     for index in range(args.rounds):
         await prefill.peer.ask("batch", size=args.batch, context=args.context, name=f"round-{index}")
         before = await quiet()
-        for name in random.Random(index).sample(list(WINDOWS), len(WINDOWS)):
-            at_wire_speed, is_on, _ = WINDOWS[name]
-            await prefill.peer.ask("digests", is_on=is_on)
-            pushes = Pushes(prefill, None if at_wire_speed else args.gb_per_s)
+        # The wire's speed is known when the digests are to keep up with it.
+        for name in sorted(random.Random(index).sample(names, len(names)), key=lambda name: name == WIRE):
+            pushes: Pushes | WirePushes
+            if name.startswith(WIRE):
+                pushes = WirePushes(prefill, wire_lot)
+                if name == WIRE:
+                    await prefill.peer.ask("reading", block_ids=wire_lot, gb_per_s=wire_gb_per_s)
+            else:
+                await prefill.peer.ask("digests", is_on=name in (RATE, TRANSFERS))
+                pushes = Pushes(prefill, args.gb_per_s if name.startswith(RATE) else None)
             await asyncio.sleep(0.05)
             pushes.num_bytes, started_s = 0, time.perf_counter()
             found = await window(prefill.peer, args.window_s)
             moved[name].append(pushes.num_bytes / 1e9 / (time.perf_counter() - started_s))
             await pushes.stop()
+            await prefill.peer.ask("reading", block_ids=[], gb_per_s=0)
             await prefill.peer.ask("digests", is_on=True)
+            wire_gb_per_s = moved[name][-1] if name.startswith(WIRE) else wire_gb_per_s
             after = await quiet()
             steps[name] += found
             ratios[name].append(statistics.median(found) / ((before + after) / 2))
@@ -148,9 +156,9 @@ async def decodes(prefill: "Prefill", args: argparse.Namespace) -> dict[str, Any
     for name, values in steps.items():
         figures = found[name] = {"median": statistics.median(values), "p99": percentile(values, 99)}
         line = f"{name:<36}{figures['median']:>9.2f}{figures['p99']:>9.2f}"
-        if name in WINDOWS:
+        if name in ratios:
             figures |= {"ratio": statistics.median(ratios[name]), "gb_per_s": statistics.median(moved[name])}
-            line += f"{figures['ratio']:>8.3f}{WINDOWS[name][2] or '':>9}{figures['gb_per_s']:>8.1f}"
+            line += f"{figures['ratio']:>8.3f}{TARGETS.get(name, ''):>9}{figures['gb_per_s']:>8.1f}"
         print(line, flush=True)
     return found
 

@@ -1,7 +1,11 @@
 """A prefill engine in this process and the way from its pool into a peer's: the near side of push_cost_cuda.py."""
 
 import asyncio
+import threading
 import time
+from collections import deque
+
+import torch
 
 from benchmarks.cuda_peer import SOURCE, Peer
 from benchmarks.decode_peer import make_engine, make_request
@@ -9,6 +13,7 @@ from cluster.worker import memory_of
 from engine.request import Event, Failed, Started, Token
 from kv_transfer.base import BlockMemory, Link, Outgoing, Sender
 from kv_transfer.create import create_sender
+from kv_transfer.staging import indices
 
 LANES = 3  # transfers at once, where they go as fast as the wire takes them
 
@@ -132,7 +137,8 @@ class Transfer:
 
 
 class Pushes:
-    """A prompt's layers pushed again and again until `stop`: one at a time at a rate, or as fast as they go."""
+    """A prompt's layers transferred again and again until `stop`: a layer at a time at a rate, or whole prompts as fast
+    as they go, LANES at once."""
 
     def __init__(self, prefill: Prefill, gb_per_s: float | None):
         self.num_bytes = 0  # of what was announced
@@ -159,3 +165,42 @@ class Pushes:
                 self.num_bytes += transfer.outgoing.num_bytes - before
                 before = transfer.outgoing.num_bytes
             self.num_bytes += await transfer.finish() - before
+
+
+class WirePushes:
+    """The push kernel alone, launch behind launch into pages of the peer that no ticket uses: what NVLink takes. On a
+    thread; a CPU has none."""
+
+    def __init__(self, prefill: Prefill, lot: list[int]):
+        self.num_bytes = 0  # of what has landed
+        self._is_over = False
+        self._thread = threading.Thread(target=self._push, args=(prefill, lot))
+        self._thread.start()
+
+    async def stop(self) -> None:
+        self._is_over = True
+        await asyncio.to_thread(self._thread.join)
+
+    def _push(self, prefill: Prefill, lot: list[int]) -> None:
+        from kv_transfer.push_kernel import Side, launch  # Triton is not everywhere
+
+        memory, pool = prefill.memory, prefill.link._pool  # type: ignore[attr-defined]
+        device, size, width = memory.slab.device, memory.block_size, memory.slab.shape[1]
+        torch.cuda.set_device(device)
+        with torch.cuda.stream(pool.stream):
+            mine, theirs = (indices(ids, device, torch.int32) for ids in (prefill.block_ids, lot))
+            sums = torch.empty(pool.num_programs, dtype=torch.int64, pin_memory=True)
+            sides = (
+                Side(memory.slab.data_ptr(), width, size, mine.data_ptr(), 0),
+                Side(pool.address, width, size, theirs.data_ptr(), 0),
+            )
+            under_way: deque[torch.cuda.Event] = deque()
+            while not self._is_over or under_way:
+                if not self._is_over:
+                    for tiles in memory.tile_ranges(0, memory.num_layers):
+                        launch(*sides, (0, len(lot) * size), tiles, sums.data_ptr(), pool.num_programs)
+                    under_way.append(torch.cuda.Event())
+                    under_way[-1].record()
+                if self._is_over or len(under_way) > 2:
+                    under_way.popleft().synchronize()
+                    self.num_bytes += len(lot) * width
