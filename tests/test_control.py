@@ -5,8 +5,6 @@ That transfers keep their promises over it is the body of tests over every trans
 import asyncio
 import contextlib
 import os
-import signal
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -226,15 +224,14 @@ async def test_a_sender_that_dies_is_noticed_at_once(pair: Pair):
     code = "import socket,sys,time; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
     code += f"s.connect({address(pair.endpoint.data.decode())!r})\n"
     code += f"s.send({begin_frame(transfer_id, SOURCE)!r}); s.send({placed!r}); print(flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
-    await asyncio.to_thread(process.stdout.readline)
+    await process.stdout.readline()
     await pair.received(pair.target.width(0, NUM_LAYERS))
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     with pytest.raises(kv_transfer.TransferBroken, match="the sender is gone"):
         await asyncio.wait_for(pair.receiver.commit(transfer_id, Manifest(9, 9, b"")), 2)
-    process.wait()
-    process.stdout.close()
+    await process.wait()
 
 
 async def test_a_receiver_that_is_busy_blocks_nobody():
