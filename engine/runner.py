@@ -225,7 +225,7 @@ class Runner:
             return iter(())
         calls, num_heads = [layer.call for layer in fused.layers], fused.layers[0].num_heads
         max_len = self._max_len(config, self.cache)
-        return plans(calls, num_heads, self.cache, self.cache.dtype, config.max_num_batched_tokens, max_len)
+        return plans(calls, num_heads, self.cache, config.max_num_batched_tokens, max_len)
 
     def _max_len(self, config: EngineConfig, cache: KVCache) -> int:
         return min(config.max_model_len or self.model.info.max_model_len, cache.num_blocks * self.layout.block_size)

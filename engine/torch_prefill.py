@@ -28,7 +28,7 @@ def cudnn_takes(query: torch.Tensor, call: Call, chunks: Sequence[Chunk], cache:
     """Whether cuDNN knows what this layer asks of these chunks."""
     return (
         not ops.force_reference
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype == cache.dtype
         and _knows(call, cache)
         and not 0 < call.window < max(chunk.kv_len for chunk in chunks)
     )
@@ -38,6 +38,7 @@ def _knows(call: Call, cache: KVCache) -> bool:
     span = cache.spans[call.layer]
     return (
         cache.slab.is_cuda
+        and cache.dtype in (torch.bfloat16, torch.float16)
         and not call.softcap
         and call.sinks is None
         and span.key_dim == span.value_dim <= 128
@@ -156,7 +157,7 @@ def gather(chunk: Chunk, layer: int, cache: KVCache, start: int, stop: int) -> t
 
 
 def plans(
-    calls: Sequence[Call], num_heads: int, cache: KVCache, dtype: torch.dtype, max_tokens: int, max_len: int
+    calls: Sequence[Call], num_heads: int, cache: KVCache, max_tokens: int, max_len: int
 ) -> Iterator[Callable[[], object]]:
     """What the first chunk of each length would wait for, most likely lengths first: each makes one plan, on the thread
     that calls it. Chunks are of up to `max_tokens` tokens, rows of up to `max_len`."""
@@ -172,7 +173,7 @@ def plans(
     for size, piece in squares + rest:
         for num_kv_heads, dim, window in kinds:
             if not 0 < window < size + piece:
-                yield partial(_plan, size, piece, num_heads, num_kv_heads, dim, dtype, cache.slab.device)
+                yield partial(_plan, size, piece, num_heads, num_kv_heads, dim, cache.dtype, cache.slab.device)
 
 
 def _plan(

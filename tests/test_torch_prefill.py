@@ -78,7 +78,7 @@ def test_attend_run(kv_len: int, num_queries: int, block_size: int, kv_dtype: st
 @pytest.mark.parametrize("kv_dtype", [None, FP8])
 def test_plans_are_what_chunks_ask_for(asked: list[Shape], kv_dtype: str | None) -> None:
     cache = make_cache(16, kv_dtype)
-    for make in torch_prefill.plans([Call(0, 1.0), Call(1, 1.0)], HEADS, cache, torch.float32, 70, 500):
+    for make in torch_prefill.plans([Call(0, 1.0), Call(1, 1.0)], HEADS, cache, 70, 500):
         make()
     made = set(asked)
     assert len(made) == len(asked), "a plan was made twice"
@@ -91,6 +91,6 @@ def test_plans_are_what_chunks_ask_for(asked: list[Shape], kv_dtype: str | None)
 def test_no_plans_behind_a_window(asked: list[Shape]) -> None:
     layout = KVLayout.of("t", "", "", "float32", 16, [LayerShape(KV_HEADS, DIM, DIM, 40)])
     cache = KVCache(layout, 4, torch.device("cpu"))
-    for make in torch_prefill.plans([Call(0, 1.0, window=40)], HEADS, cache, torch.float32, 64, 500):
+    for make in torch_prefill.plans([Call(0, 1.0, window=40)], HEADS, cache, 64, 500):
         make()
     assert [shape[0][1] for shape in asked] == [16, 32, 16]
