@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32, 132], help="of the push kernel")
+    parser.add_argument("--priorities", type=int, nargs="+", default=[-1], help="of the push's stream; the model has 0")
+    parser.add_argument("--prefill-only", action="store_true")
     parser.add_argument("--wire-programs", type=int, default=132, help="for the wire's speed beside decode")
     parser.add_argument("--prompt", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=64)
@@ -70,7 +73,8 @@ async def measure(args: argparse.Namespace) -> None:
         await prefill.connect(await starting, max(LANES, BACK_TO_BACK) + 2)
     print(f"both engines ready after {time.perf_counter() - started_s:.1f} s", flush=True)
     found = {"prefill": await prefills(prefill, args)}
-    found["decode"] = await decodes(prefill, args)
+    if not args.prefill_only:
+        found["decode"] = await decodes(prefill, args)
     await prefill.close()
     machine = {"device": torch.cuda.get_device_name() if is_cuda else "cpu", "torch": torch.__version__}
     found = json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 4))
@@ -82,14 +86,17 @@ def write_config(folder: str, shape: str) -> None:
 
 
 async def prefills(prefill: "Prefill", args: argparse.Namespace) -> dict[str, Any]:
-    ways = {"alone": None, "a sink that ignores it": 0} | {f"pushed by {count}": count for count in args.programs}
+    pushed = list(product(args.programs, args.priorities))
+    names = [f"pushed by {programs}" + f", priority {priority}" * (priority != -1) for programs, priority in pushed]
+    ways: dict[str, tuple[int, int] | None] = {"alone": None, "a sink that ignores it": None}
+    ways |= dict(zip(names, pushed, strict=True))
     took: dict[str, dict[str, list[float]]] = {way: {"single": [], "back_to_back": []} for way in ways}
     for index in range(args.rounds + 1):
-        names = list(ways)
-        random.Random(index).shuffle(names)
-        for way in names:
+        for way in random.Random(index).sample(list(ways), len(ways)):
+            if (how := ways[way]) is not None:
+                prefill.use(*how)
             for kind, count in (("single", 1), ("back_to_back", BACK_TO_BACK)):
-                ms = await prefill.run(args.prompt, count, ways[way])
+                ms = await prefill.run(args.prompt, count, way != "alone", how is not None)
                 if index:  # the first round compiles, and makes plans
                     took[way][kind].append(ms)
     title = f"prefill of {args.prompt} tokens, ms"

@@ -35,6 +35,7 @@ class Prefill:
         self._started: dict[str, float] = {}
         self._ended: dict[str, asyncio.Future[float]] = {}
         self._num_prompts = 0
+        self._streams: dict[int, torch.cuda.Stream] = {}  # by priority
 
     async def connect(self, peer: Peer, num_lots: int) -> None:
         self.peer, self.loop = peer, asyncio.get_running_loop()
@@ -49,21 +50,22 @@ class Prefill:
         self.engine.stop()
         await self.peer.stop()
 
-    def use(self, num_programs: int) -> None:
-        """Of the push kernel, where it is one that moves the pages."""
+    def use(self, num_programs: int, priority: int = -1) -> None:
+        """Of the push kernel and of its stream, where it is one that moves the pages; nothing is under way."""
         pool = getattr(self.link, "_pool", None)
         if pool is not None:
             pool.num_programs = num_programs
+            if priority not in self._streams:
+                self._streams[priority] = torch.cuda.Stream(self.memory.slab.device, priority=priority)
+            pool.stream = self._streams[priority]
 
-    async def run(self, num_tokens: int, count: int, num_programs: int | None) -> float:
-        """ms a prompt: of `count` at once, from the first one's start to the last one's first token. `num_programs` of
-        their pushes, 0: a sink that does not push, None: no sink."""
-        if num_programs:
-            self.use(num_programs)
+    async def run(self, num_tokens: int, count: int, has_sink: bool, does_push: bool) -> float:
+        """ms a prompt: of `count` at once, from the first one's start to the last one's first token. A sink that does
+        not push is told of everything, and ignores it."""
         names = [f"prompt-{self._num_prompts + index}" for index in range(count)]
         self._num_prompts += count
         self._ended = {name: self.loop.create_future() for name in names}
-        sinks = [None if num_programs is None else Sink(self, name, bool(num_programs)) for name in names]
+        sinks = [Sink(self, name, does_push) if has_sink else None for name in names]
         for name, sink in zip(names, sinks, strict=True):
             self.engine.submit(make_request(name, num_tokens, 1), sink)
         ends = await asyncio.wait_for(asyncio.gather(*self._ended.values()), 60)
@@ -189,7 +191,7 @@ class WirePushes:
         torch.cuda.set_device(device)
         with torch.cuda.stream(pool.stream):
             mine, theirs = (indices(ids, device, torch.int32) for ids in (prefill.block_ids, lot))
-            sums = torch.empty(pool.num_programs, dtype=torch.int64, pin_memory=True)
+            sums = torch.empty(pool.num_programs, dtype=torch.int64, device=device)
             sides = (
                 Side(memory.slab.data_ptr(), width, size, mine.data_ptr(), 0),
                 Side(pool.address, width, size, theirs.data_ptr(), 0),
