@@ -28,7 +28,9 @@ from kv_transfer.one_sided import OneSidedSender
 from kv_transfer.placed import Threads
 from kv_transfer.rect import Rect
 
-MAX_WRITE_BYTES = 16 << 20  # of one write: the receiver checks it while the next one is on its way
+# Of one write: the receiver checks it while the next one is on its way. A GPU checks 64 MiB within a tenth of a
+# millisecond, most of which is the call.
+MAX_WRITE_BYTES, MAX_GPU_WRITE_BYTES = 16 << 20, 64 << 20
 PACKAGES = ("nixl_cu12", "nixl_cu13")
 # The agent's own thread looks after connections. Without a pause it takes half a core for doing nothing.
 _PROGRESS_US = 1000
@@ -142,7 +144,8 @@ class NixlSender(OneSidedSender):
 
         slab = agent.memory.slab
         threads = Threads("kv-nixl", (lambda: torch.cuda.set_device(slab.device)) if slab.is_cuda else None)
-        super().__init__("nixl", agent.memory, source, progress_s, threads, map_pool, MAX_WRITE_BYTES)
+        size = MAX_GPU_WRITE_BYTES if slab.is_cuda else MAX_WRITE_BYTES
+        super().__init__("nixl", agent.memory, source, progress_s, threads, map_pool, size)
 
 
 class _Pool:
@@ -240,6 +243,14 @@ class _Write:
     rect: Rect
 
     def wait(self) -> int:
+        rect, memory = self.rect, self.agent.memory
+        try:  # of pages that stay as they are, so while they are on their way
+            (digest,) = memory.digests([Pages(rect.block_ids, rect.block_start, rect.layer_start, rect.layer_stop)])
+        finally:
+            self._land()
+        return digest
+
+    def _land(self) -> None:
         nixl, inner, pause_s = self.agent.nixl, self.agent.inner, _POLL_S
         try:
             # However long it takes: the pages are in use until NIXL says otherwise. A dead peer is UCX's to notice.
@@ -252,8 +263,3 @@ class _Write:
             inner.releaseXferReq(self.request)
         if status != nixl.NIXL_SUCCESS:
             raise TransferBroken(f"NIXL ended the write with status {status}")
-        rect = self.rect
-        (digest,) = self.agent.memory.digests(
-            [Pages(rect.block_ids, rect.block_start, rect.layer_start, rect.layer_stop)]
-        )
-        return digest
