@@ -1,5 +1,6 @@
 """What is NIXL's own in its transport; the rest is in the body of tests over every transport (test_transfer.py)."""
 
+import asyncio
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from kv_transfer.nixl import PoolHandle, merged
 from kv_transfer.receiver import Receiver
 from tests.references import load
 from tests.service import request, service
-from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, make_memory, needs_nixl, transfer_pair
+from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, from_afar, make_memory, needs_nixl, transfer_pair
 
 
 def test_what_follows_on_both_sides_goes_together():
@@ -88,6 +89,29 @@ async def test_a_byte_that_did_not_land_is_never_committed(monkeypatch: pytest.M
         with pytest.raises(kv_transfer.TransferCorrupt, match="checksum"):
             await outgoing.finish()
         await pair.give_up(outgoing, transfer_id)
+
+
+@needs_nixl
+async def test_a_writer_of_another_host_delayed_past_release():
+    """No guard stops it there: what it writes lands in pages that are out of use until it is closed, and says so."""
+    async with transfer_pair("nixl") as pair:
+        link = await pair.connect(pair.address, from_afar(pair.endpoint))
+        assert link.note
+        transfer_id = pair.grant([4, 5])
+        outgoing = link.open(transfer_id, None, pair.receiver.placement(transfer_id))
+        after, passes = pair.late()
+        outgoing.push([1, 2], 0, 0, NUM_LAYERS, after)
+        await asyncio.sleep(0.05)
+        assert pair.receiver.release(transfer_id)
+        passes()
+        with pytest.raises(kv_transfer.TransferError):
+            await outgoing.finish()
+        assert transfer_id in pair.receiver.quarantine and pair.is_equal([1, 2], [4, 5])
+        await outgoing.wait_closed()
+        assert pair.receiver.quarantine.fence(transfer_id) == "owner"
+        pair.target.slab[:] = 99
+        await asyncio.sleep(0.1)
+        assert (pair.target.slab == 99).all()
 
 
 @needs_nixl

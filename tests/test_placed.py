@@ -1,7 +1,6 @@
 """One-sided transfers, with a writer on the CPU in place of a GPU's: it copies pages into the receiver's pool."""
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,20 +16,7 @@ from kv_transfer.guards import Guards, open_guards
 from kv_transfer.placed import PlacedOutgoing, Threads
 from kv_transfer.receiver import Receiver
 from tests.one_sided import CpuWriter
-from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, make_memory
-
-
-class Passing:
-    """A ReadyEvent that a test lets pass."""
-
-    def __init__(self) -> None:
-        self.passed = threading.Event()
-
-    def query(self) -> bool:
-        return self.passed.is_set()
-
-    def synchronize(self) -> None:
-        assert self.passed.wait(10)
+from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, Passing, make_memory
 
 
 @dataclass

@@ -1,5 +1,26 @@
 """One test body over every transport; `local` is the reference. `ray_store` runs over a real Ray, the sender's objects
-put by an actor and read by this process; `placed` is a one-sided writer on the CPU, `nixl` one over shared memory."""
+put by an actor and read by this process. `placed` is a one-sided writer on the CPU, `nixl` one over shared memory,
+`cuda_ipc` the kernel from one GPU to another (NEEDS_GPU). Each promise of a transfer, and where it is shown:
+
+    equality, scattered blocks            here        all
+    a prefix that is there already        here        all
+    prompt chunks and layers              here        all
+    other block sizes                     _sizes      all but nixl and placed, which copy bytes: auto takes grpc then
+    given up after every chunk            here        all
+    sender killed after every chunk       _kills      grpc ray_store nixl cuda_ipc; local has no second process
+    receiver killed                       _kills      as above
+    a byte flipped in flight              _faults     grpc, through a proxy; ray_store, in the store. Nothing can come
+                                                      between one-sided writers and memory: what landed is changed there
+                                                      instead (test_placed, test_nixl, test_cuda_ipc), and what they say
+                                                      of it in a proxy. local has no flight
+    chunks twice, out of order            _faults     grpc ray_store; of placed chunks _quarantine and test_control.
+                                                      local calls what _receiver calls
+    tickets expired, forged, replayed     here        all
+    a writer delayed past release         here        all; of another host, which no guard stops: test_nixl
+    1,000 small ones through 24 blocks    here        all
+    bounded memory                        _sizes      all
+
+(`_x` is test_transfer_x.py.)"""
 
 import asyncio
 import random
@@ -35,7 +56,7 @@ async def pair(transport: str, request: pytest.FixtureRequest) -> AsyncIterator[
 
 async def test_scattered_blocks_arrive(pair: Pair):
     source_ids, target_ids = [7, 3, 30, 0, 12], [1, 31, 2, 17, 4]
-    before = pair.target.slab.clone()
+    before = pair.target.slab.cpu().clone()
     transfer_id = pair.grant(target_ids)
     outgoing = pair.open(transfer_id)
     outgoing.push(source_ids, 0, 0, NUM_LAYERS)
@@ -45,7 +66,7 @@ async def test_scattered_blocks_arrive(pair: Pair):
     assert pair.is_equal(source_ids, target_ids)
     assert manifest.num_bytes == 5 * LAYER_OFFSETS[-1] == pair.receiver.bytes_received
     others = [block for block in range(32) if block not in target_ids]
-    assert torch.equal(pair.target.slab[others], before[others])
+    assert torch.equal(pair.target.slab.cpu()[others], before[others])
     assert pair.receiver.num_active == 0
     await pair.receiver.commit(transfer_id, manifest)  # repeats its answer
     with pytest.raises(kv_transfer.TransferRefused):
@@ -170,7 +191,7 @@ async def test_tickets_are_refused(pair: Pair, transport: str):
 
     # A writer may see its guard before the receiver's word. What an expired ticket let it write lies in quarantine.
     word = "|revoked" if pair.is_one_sided else ""
-    before = pair.target.slab.clone()
+    before = pair.target.slab.cpu().clone()
     with pytest.raises(kv_transfer.TransferRefused, match="unknown" + word):
         await attempt(b"forged forged!!!")
     with pytest.raises(kv_transfer.TransferRefused, match="lease" + word):
@@ -183,7 +204,7 @@ async def test_tickets_are_refused(pair: Pair, transport: str):
     with pytest.raises(kv_transfer.TransferRefused, match="released" + word):
         await attempt(released)
     untouched = [0, *range(3, 32)] if pair.is_one_sided else range(32)
-    assert torch.equal(pair.target.slab[untouched], before[untouched])
+    assert torch.equal(pair.target.slab.cpu()[untouched], before[untouched])
 
     used = pair.grant([4])
     await attempt(used)
@@ -206,6 +227,23 @@ async def test_release_during_receive_ends_all_writing(pair: Pair):
         outgoing.push(range(8, 16), 0, layer, layer + 1)
     with pytest.raises(kv_transfer.TransferRefused, match="released"):
         await outgoing.finish()
+    assert (pair.target.slab[:8] == 99).all()
+
+
+async def test_a_writer_delayed_past_release_writes_nowhere(pair: Pair):
+    """Its pages are final only after the ticket has been released, and its pages are somebody else's."""
+    transfer_id = pair.grant(range(8))
+    outgoing = pair.open(transfer_id)
+    after, passes = pair.late()
+    outgoing.push(range(8, 16), 0, 0, NUM_LAYERS, after)
+    await asyncio.sleep(0.05)
+    assert pair.receiver.release(transfer_id) and pair.receiver.bytes_received == 0
+    assert (transfer_id in pair.receiver.quarantine) == pair.is_one_sided
+    pair.target.slab[:8] = 99
+    await asyncio.to_thread(passes)
+    with pytest.raises(kv_transfer.TransferError):
+        await outgoing.finish()
+    await outgoing.wait_closed()
     assert (pair.target.slab[:8] == 99).all()
 
 

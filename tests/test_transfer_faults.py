@@ -17,7 +17,17 @@ from kv_transfer.grpc_stream import PUSH
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
 from protos.grpc_options import SERVER_OPTIONS
-from tests.transfer import NUM_LAYERS, SOURCE, DictStore, Pair, make_chunk, make_memory, transfer_pair
+from tests.transfer import (
+    NUM_LAYERS,
+    SOURCE,
+    DictStore,
+    Pair,
+    from_afar,
+    make_chunk,
+    make_memory,
+    needs_nixl,
+    transfer_pair,
+)
 
 
 @pytest.fixture
@@ -80,9 +90,11 @@ async def test_a_flipped_byte_is_never_committed(pair: Pair, place: str):
 
 
 @pytest.mark.parametrize("at", [28, 32, 36, HEADER_BYTES - 1], ids=["block", "count", "bytes", "checksum"])
-async def test_a_damaged_announcement_is_never_committed(at: int):
-    """What a one-sided writer says of its chunks crosses the wire, too."""
-    async with transfer_pair("placed over grpc") as pair:
+@pytest.mark.parametrize("transport", ["placed over grpc", pytest.param("nixl", marks=needs_nixl)])
+async def test_a_damaged_announcement_is_never_committed(at: int, transport: str):
+    """What a one-sided writer of another host says of its chunks crosses the wire, too."""
+    async with transfer_pair(transport) as pair:
+        endpoint = from_afar(pair.endpoint) if transport == "nixl" else pair.endpoint
         transfer_id = pair.grant([1, 2])
         mark, num_flips = b"KV\x03\x05" + transfer_id, 0
 
@@ -95,7 +107,8 @@ async def test_a_damaged_announcement_is_never_committed(at: int):
             return data[: start + at] + bytes([data[start + at] ^ 1]) + data[start + at + 1 :]
 
         async with proxy(pair.address, tamper) as address:
-            outgoing = (await pair.connect(address)).open(transfer_id, None, pair.receiver.placement(transfer_id))
+            link = await pair.connect(address, endpoint)
+            outgoing = link.open(transfer_id, None, pair.receiver.placement(transfer_id))
             outgoing.push([3, 4], 0, 0, NUM_LAYERS)
             with pytest.raises((kv_transfer.TransferCorrupt, kv_transfer.TransferBroken)):
                 await pair.receiver.commit(transfer_id, await outgoing.finish())

@@ -9,7 +9,7 @@ import pytest
 
 import kv_transfer
 from kv_transfer.base import Endpoint, Manifest, Placement
-from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, Pair, needs_nixl, transfer_pair
+from tests.transfer import CUDA_IPC, LAYER_OFFSETS, NUM_LAYERS, Pair, needs_nixl, transfer_pair
 from tests.transfer_peer import Nursery, nursery, where
 
 NUM_BLOCKS = 4  # and as many chunks
@@ -21,7 +21,7 @@ def peers() -> Iterator[Nursery]:
         yield peers
 
 
-@pytest.fixture(params=["grpc", "ray_store", pytest.param("nixl", marks=needs_nixl)])
+@pytest.fixture(params=["grpc", "ray_store", pytest.param("nixl", marks=needs_nixl), CUDA_IPC])
 def transport(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -2,10 +2,15 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import dataclasses
+import math
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from pathlib import Path
+from unittest import mock
 
 import grpc.aio
 import numpy as np
@@ -13,8 +18,8 @@ import pytest
 import torch
 
 import kv_transfer
-from kv_transfer import choose, nixl
-from kv_transfer.base import BlockMemory, ChunkHeader, Endpoint, Link, ObjectStore, Outgoing, Placement
+from kv_transfer import choose, cuda_driver, nixl
+from kv_transfer.base import BlockMemory, ChunkHeader, Endpoint, Link, ObjectStore, Outgoing, Placement, ReadyEvent
 from kv_transfer.checksum import crc32c
 from kv_transfer.control_server import ControlServer
 from kv_transfer.guards import Guards, open_guards
@@ -26,30 +31,53 @@ from tests.one_sided import CpuSender, CpuWriter
 SOURCE = ("prefill-0", "incarnation-a")
 # Uneven layers, and padding behind the last: nothing may assume that they are alike.
 LAYER_OFFSETS = (0, 1024, 2048, 4096, 4608, 8192)
-BLOCK_BYTES = 8200
+BLOCK_BYTES = 8208
 NUM_LAYERS = len(LAYER_OFFSETS) - 1
 PLACED = ("placed", "placed over grpc")  # a writer on the CPU: told over the control socket, or a Push stream
 ONE_SIDED = choose.ONE_SIDED | {*PLACED}
 needs_nixl = pytest.mark.skipif(not any(map(find_spec, nixl.PACKAGES)), reason="NIXL is not installed")
-TRANSPORTS = ["local", "grpc", "ray_store", *PLACED, pytest.param("nixl", marks=needs_nixl)]
+# Not by asking torch: who has asked cannot fork processes that use a GPU (tests/transfer_peer.py).
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="needs a CUDA device")]
+CUDA_IPC = pytest.param("cuda_ipc", marks=NEEDS_GPU)
+TRANSPORTS = ["local", "grpc", "ray_store", *PLACED, pytest.param("nixl", marks=needs_nixl), CUDA_IPC]
 
 
-def make_memory(num_blocks: int, seed: int | None = None, offsets: Sequence[int] = LAYER_OFFSETS) -> BlockMemory:
+def make_memory(
+    num_blocks: int, seed: int | None = None, offsets: Sequence[int] = LAYER_OFFSETS, device: str = "cpu"
+) -> BlockMemory:
     """Random bytes from `seed` on, or zeros."""
     shape = (num_blocks, offsets[-1] + BLOCK_BYTES - LAYER_OFFSETS[-1])
-    if seed is None:
-        return BlockMemory(torch.zeros(shape, dtype=torch.uint8), tuple(offsets))
-    generator = torch.Generator().manual_seed(seed)
-    return BlockMemory(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), tuple(offsets))
+    slab = torch.zeros(shape, dtype=torch.uint8)
+    if seed is not None:
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed), out=slab)
+    if device == "cpu":
+        return BlockMemory(slab, tuple(offsets))
+    # What moves by a kernel has rows: as long ones as any layer of 16 tokens takes, at most of 256 bytes.
+    widths = [(stop - start) // 16 for start, stop in pairwise(offsets)]
+    tiles = tuple((Tiles(width // (row := math.gcd(width, 256)), row),) for width in widths)
+    return BlockMemory(slab.to(device), tuple(offsets), 16, tiles)
 
 
-def make_tiled(num_blocks: int, block_size: int, seed: int | None = None) -> BlockMemory:
+def memories(transport: str, num_blocks: int = 32, offsets: Sequence[int] = LAYER_OFFSETS) -> list[BlockMemory]:
+    """A sender's pool and a receiver's: for cuda_ipc on the first GPU and on the last."""
+    source, target = devices(transport)
+    return [make_memory(num_blocks, 1, offsets, source), make_memory(num_blocks, None, offsets, target)]
+
+
+def devices(transport: str) -> tuple[str, str]:
+    return ("cuda:0", f"cuda:{torch.cuda.device_count() - 1}") if transport == "cuda_ipc" else ("cpu", "cpu")
+
+
+def make_tiled(num_blocks: int, block_size: int, seed: int | None = None, device: str = "cpu") -> BlockMemory:
     """Blocks of that many tokens, in layers of uneven tiles. The rows of a layer's K and V differ, too."""
-    shapes = [((2, 64), (2, 64)), ((3, 32), (3, 48)), ((2, 64), (2, 64)), ((1, 16), (1, 16), (2, 1))]
+    shapes: list = [((2, 64), (2, 64)), ((3, 32), (3, 48)), ((2, 64), (2, 64)), ((1, 16), (1, 16), (2, 1))]
+    if device != "cpu":  # a kernel moves words, and takes a block to be what its tokens take
+        shapes[-1] = shapes[-1][:2]
     tiles = tuple(tuple(Tiles(*entry) for entry in layer) for layer in shapes)
     sizes = [block_size * sum(count * row for count, row in layer) for layer in shapes]
     plain = make_memory(num_blocks, seed, tuple(accumulate(sizes, initial=0)))
-    return BlockMemory(plain.slab, plain.layer_offsets, block_size, tiles)
+    slab = plain.slab if device == "cpu" else plain.slab[:, : plain.layer_offsets[-1]].contiguous().to(device)
+    return BlockMemory(slab, plain.layer_offsets, block_size, tiles)
 
 
 def tokens(memory: BlockMemory, block_ids: Sequence[int]) -> torch.Tensor:
@@ -57,7 +85,7 @@ def tokens(memory: BlockMemory, block_ids: Sequence[int]) -> torch.Tensor:
     rows, at = [], 0
     for entry in (entry for layer in memory.tiles for entry in layer):
         stop = at + entry.num_tiles * entry.row_bytes * memory.block_size
-        tiles = memory.slab[list(block_ids), at:stop]
+        tiles = memory.slab.cpu()[list(block_ids), at:stop]
         tiles = tiles.view(len(block_ids), entry.num_tiles, memory.block_size, entry.row_bytes)
         rows.append(tiles.transpose(1, 2).reshape(-1, entry.num_tiles * entry.row_bytes))
         at = stop
@@ -70,6 +98,19 @@ def make_chunk(memory: BlockMemory, sequence: int, block_ids: Sequence[int], blo
     count, size = layers[1] - layers[0], sum(map(len, pages))
     header = ChunkHeader(sequence, layers[0], count, block_start, len(block_ids), size, crc32c(pages))
     return header, pages
+
+
+class Passing:
+    """A ReadyEvent that a test lets pass."""
+
+    def __init__(self) -> None:
+        self.passed = threading.Event()
+
+    def query(self) -> bool:
+        return self.passed.is_set()
+
+    def synchronize(self) -> None:
+        assert self.passed.wait(10)
 
 
 @dataclass
@@ -85,10 +126,17 @@ class Pair:
     endpoint: Endpoint  # of the receiver
 
     def grant(
-        self, block_ids: Sequence[int], first_block: int = 0, lease_s: float = 30.0, owner: str = "owner"
+        self,
+        block_ids: Sequence[int],
+        first_block: int = 0,
+        lease_s: float = 30.0,
+        owner: str = "owner",
+        sent: tuple[int, int] | None = None,
     ) -> bytes:
+        for device in {memory.slab.device for memory in (self.source, self.target) if memory.slab.is_cuda}:
+            torch.cuda.synchronize(device)  # what the test has done to the pools is behind us
         writer = "this process" if self.is_one_sided else None
-        return self.receiver.grant(owner, SOURCE, block_ids, first_block, lease_s, writer)
+        return self.receiver.grant(owner, SOURCE, block_ids, first_block, lease_s, writer, sent)
 
     @property
     def is_one_sided(self) -> bool:
@@ -115,6 +163,17 @@ class Pair:
         """Another way out of the sender: through a proxy, to another receiver, or to nobody."""
         return await self.sender.connect(address, endpoint or self.endpoint)
 
+    def late(self) -> tuple[ReadyEvent, Callable[[], object]]:
+        """Of pages that are not final yet, and what returns when they are."""
+        if not self.source.slab.is_cuda:
+            passing = Passing()
+            return passing, passing.passed.set
+        event = torch.cuda.Event()
+        with torch.cuda.device(self.source.slab.device):
+            torch.cuda._sleep(10**9)  # clocks: more than half a second
+            event.record()
+        return event, event.synchronize
+
     async def received(self, num_bytes: int) -> None:
         """Returns when the receiver has placed that many bytes."""
         name = "placed" if self.is_one_sided else "chunk"
@@ -135,7 +194,7 @@ class Pair:
             setattr(self.receiver, name, place)
 
     def pages(self, memory: BlockMemory, block_ids: Sequence[int]) -> torch.Tensor:
-        return memory.slab[list(block_ids), : memory.layer_offsets[-1]]
+        return memory.slab[list(block_ids), : memory.layer_offsets[-1]].cpu()
 
     def is_equal(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> bool:
         return torch.equal(self.pages(self.source, source_ids), self.pages(self.target, target_ids))
@@ -151,8 +210,8 @@ async def transfer_pair(
     progress_s: float = 5.0,
     receiver_store: ObjectStore | None = None,
 ) -> AsyncIterator[Pair]:
-    source = source or make_memory(32, seed=1)
-    target = target or make_memory(32)
+    if source is None or target is None:
+        source, target = memories(transport)
     guards = Guards() if transport in ONE_SIDED else None
     receiver = Receiver(target, kv_transfer.MAX_CHUNK_BYTES, progress_s=progress_s, guards=guards)
     server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -170,13 +229,22 @@ async def transfer_pair(
         assert control is not None
         agent = nixl.agent_of(target)
         endpoint = Endpoint(transport, data=nixl.export(target, receiver.guards_name, control.name))
+    elif transport == "cuda_ipc":
+        assert control is not None
+        from kv_transfer import cuda_ipc  # Triton is not everywhere
+
+        torch.cuda.set_device(source.slab.device)
+        endpoint = Endpoint(transport, data=cuda_ipc.export(target, receiver.guards_name, control.name))
     sender = sender or kv_transfer.create_sender(transport, source, SOURCE, object_store, max_chunk_bytes, progress_s)
+    reach = contextlib.ExitStack()
     try:
+        reach.enter_context(within_reach(source, target, endpoint))
         link = await sender.connect(address, endpoint)
         yield Pair(source, target, receiver, sender, link, address, endpoint)
         receiver.check()
     finally:
         await sender.close()
+        reach.close()
         if control is not None:
             control.close()
         stop()
@@ -184,6 +252,38 @@ async def transfer_pair(
         if guards is not None:
             guards.close()
         del agent  # the receiver's: senders could write as long as it was there
+
+
+@contextlib.contextmanager
+def within_reach(source: BlockMemory, target: BlockMemory, endpoint: Endpoint) -> Iterator[None]:
+    """The driver maps no allocation into the process that has it: here the mapping is the pool itself, written to by
+    the other GPU. Between two processes it is the driver's: test_transfer_kills.py, test_cuda_ipc.py."""
+    if endpoint.transport != "cuda_ipc":
+        yield
+        return
+    from kv_transfer import cuda_ipc
+
+    handle = cuda_ipc.PoolHandle.decode(endpoint.data)
+    own, begin = bytes.fromhex(handle.memory), target.slab.data_ptr() - handle.offset
+    one, other = (torch.zeros(1, device=memory.slab.device) for memory in (source, target))
+    one.copy_(other), other.copy_(one)  # torch gives GPUs access to each other's memory as it copies
+    really_open, really_close = cuda_driver.open_memory, cuda_driver.close_memory
+
+    def open_memory(memory: bytes, device: int) -> int:
+        return begin if memory == own else really_open(memory, device)
+
+    def close_memory(address: int, device: int) -> None:
+        if address != begin:
+            really_close(address, device)
+
+    with mock.patch.multiple(cuda_driver, open_memory=open_memory, close_memory=close_memory):
+        yield
+
+
+def from_afar(endpoint: Endpoint) -> Endpoint:
+    """A nixl endpoint as a sender on another host has it: guards and control socket are out of its reach."""
+    handle = nixl.PoolHandle.decode(endpoint.data)
+    return Endpoint("nixl", data=dataclasses.replace(handle, host="another host", control="").encode())
 
 
 class DictStore:

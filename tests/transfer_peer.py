@@ -20,9 +20,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import astuple
 
+import torch
+
 import kv_transfer
 from kv_transfer.base import Endpoint, ObjectStore, Placement
-from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, Pair, make_memory, transfer_pair
+from tests.transfer import LAYER_OFFSETS, NUM_LAYERS, SOURCE, Pair, devices, make_memory, transfer_pair
 
 
 class Nursery:
@@ -64,7 +66,10 @@ async def send(
     transport: str, ray_address: str, address: str, data: str, ticket: str, placement: list | None, num_chunks: int
 ) -> None:
     """Pushes that many chunks, a block each, then waits."""
-    sender = kv_transfer.create_sender(transport, make_memory(32, seed=1), SOURCE, store_at(ray_address))
+    memory = make_memory(32, seed=1, device=devices(transport)[0])
+    if transport == "cuda_ipc":
+        torch.cuda.set_device(memory.slab.device)
+    sender = kv_transfer.create_sender(transport, memory, SOURCE, store_at(ray_address))
     link = await sender.connect(address, Endpoint(transport, data=bytes.fromhex(data)))
     where = Placement(*placement) if placement else None
     outgoing = link.open(bytes.fromhex(ticket), LAYER_OFFSETS[-1], where)
