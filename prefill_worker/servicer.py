@@ -11,7 +11,7 @@ A run whose sequences all end with their first token gives its pages up instead 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 
@@ -98,15 +98,16 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         tokens.sort(key=lambda token: token.sequence_index)
         first = worker_pb2.FirstTokens(tokens=[first_token_to_pb(token, request.sampling.seed) for token in tokens])
         first.prefill.FromNanoseconds(int((loop.time() - started_at) * 1e9))
-        yield worker_pb2.PrefillEvent(first_tokens=first)
         if handoff is None:
+            yield worker_pb2.PrefillEvent(first_tokens=first)
             return
-        if any(token.finish is None for token in tokens):
-            await handoff.commit(
-                [kv.AdoptedToken(token_id=token.token_id, finished=token.finish is not None) for token in tokens]
-            )
-        else:
-            await handoff.abandon()
+        ending = asyncio.create_task(_end(handoff, tokens))  # while the first tokens are being written
+        ending.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            yield worker_pb2.PrefillEvent(first_tokens=first)
+            await ending
+        finally:
+            ending.cancel()
         yield worker_pb2.PrefillEvent(
             transferred=worker_pb2.Transferred(
                 num_bytes=handoff.num_bytes, transport=handoff.transport, cached_tokens=handoff.cached_tokens
@@ -137,6 +138,15 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             target=message.target,
             reserve_timeout_s=message.grant_within.ToNanoseconds() / 1e9 if message.HasField("grant_within") else None,
         )
+
+
+async def _end(handoff: Handoff, tokens: Sequence[Token]) -> None:
+    """Hands over what decodes on, or gives it up if nothing does. Raises HandoffFailed."""
+    if all(token.finish is not None for token in tokens):
+        return await handoff.abandon()
+    await handoff.commit(
+        [kv.AdoptedToken(token_id=token.token_id, finished=token.finish is not None) for token in tokens]
+    )
 
 
 async def _next_event(events: asyncio.Queue[Event], handoff: Handoff | None) -> Event:
