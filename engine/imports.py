@@ -2,7 +2,7 @@
 
 Imports are most of a start: some 3000 modules, one after the other, under Python's lock. Two things can be left out.
 Collections of garbage walk all those objects again and again to find none (a quarter of the time). And transformers
-imports what it finds installed for images, object detection and assisted generation, which text models do without.
+imports what it finds installed for images, sound, object detection and assisted generation: a text model needs none.
 """
 
 import gc
@@ -12,8 +12,17 @@ from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
-# transformers asks these whether to import PIL and torchvision, scipy's optimizers, scikit-learn's metrics
-NOT_FOR_TEXT = ("is_vision_available", "is_torchvision_available", "is_scipy_available", "is_sklearn_available")
+# How transformers finds out about them.
+NOT_FOR_TEXT = (
+    "is_vision_available",
+    "is_torchvision_available",
+    "is_torchaudio_available",
+    "is_torchcodec_available",
+    "is_librosa_available",
+    "is_soundfile_available",
+    "is_scipy_available",
+    "is_sklearn_available",
+)
 
 
 @contextmanager
@@ -57,14 +66,16 @@ def text_only() -> Iterator[None]:
     def hidden(own: Callable[..., bool]) -> Callable[..., bool]:
         return lambda *args, **kwargs: not is_inside and own(*args, **kwargs)
 
-    owns = {name: getattr(import_utils, name) for name in NOT_FOR_TEXT if hasattr(import_utils, name)}
-    for name, own in owns.items():
-        for module in (utils, import_utils):
-            setattr(module, name, hidden(own))
+    places = [(module, name) for module in (utils, import_utils) for name in NOT_FOR_TEXT if hasattr(module, name)]
+    owns = [getattr(*place) for place in places]
+    for place, own in zip(places, owns, strict=True):
+        setattr(*place, hidden(own))
     try:
         yield
     finally:
         is_inside = False
-        for name, own in owns.items():
-            for module in (utils, import_utils):
-                setattr(module, name, own)
+        for place, own in zip(places, owns, strict=True):
+            setattr(*place, own)
+        for other in vars(import_utils).values():  # some remember what they concluded from these
+            if hasattr(other, "cache_clear"):
+                other.cache_clear()

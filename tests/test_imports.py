@@ -10,12 +10,16 @@ import pytest
 from engine.imports import no_collections
 
 # As if these were installed, and broke whoever imports them.
-LEFT_OUT = ("scipy", "sklearn", "torchvision")
+LEFT_OUT = ("librosa", "scipy", "sklearn", "soundfile", "torchaudio", "torchvision")
 
 CODE = """
 import gc, sys
-from engine.imports import import_transformers
+from engine.imports import import_transformers, text_only
 assert "torch" not in sys.modules and "transformers" not in sys.modules
+with text_only():
+    from transformers.utils.import_utils import is_torchvision_v2_available
+    assert not is_torchvision_v2_available()
+assert is_torchvision_v2_available()
 import_transformers()
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
@@ -31,6 +35,9 @@ def test_transformers_without_what_a_text_model_does_not_need(tmp_path: Path) ->
     for name in LEFT_OUT:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise AssertionError(__name__ + ' is imported')")
+    (tmp_path / "PIL").mkdir()
+    (tmp_path / "PIL" / "__init__.py").touch()
+    (tmp_path / "PIL" / "Image.py").write_text("class Image: pass")
     root = Path(__file__).parents[1]
     paths = f"import sys; sys.path[:0] = [{str(root)!r}, {str(tmp_path)!r}]\n"
     code = paths + CODE.replace("{left_out}", str(LEFT_OUT))
