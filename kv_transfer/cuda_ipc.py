@@ -10,12 +10,15 @@ import json
 import logging
 import mmap
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from kv_transfer import cuda_driver, locality
+from kv_transfer import cuda_driver, locality, round_kernel
 from kv_transfer.base import Endpoint, Placement, ReadyEvent, TransferBroken, TransferRefused
 from kv_transfer.control import is_name
 from kv_transfer.cuda_pages import PageTables, first_of_each_shape, warm_up
@@ -25,6 +28,7 @@ from kv_transfer.one_sided import OneSidedSender
 from kv_transfer.placed import Threads
 from kv_transfer.push_kernel import Side, launch, total
 from kv_transfer.rect import Rect
+from kv_transfer.rounding import RoundedMemory
 from kv_transfer.staging import side_stream
 
 NUM_PROGRAMS = 32  # of a push: what fills NVLink and leaves the model its multiprocessors (docs/performance.md)
@@ -71,8 +75,8 @@ def missing(memory: BlockMemory) -> str:
     """Why this worker cannot take part; empty if it can."""
     if not memory.slab.is_cuda:
         return "the pool is not in GPU memory"
-    if not memory.tiles or any(entry.row_bytes % 4 for layer in memory.tiles for entry in layer):
-        return "rows of the pool are no multiple of 4 bytes"
+    if not memory.tiles:
+        return "what the blocks consist of is not known"
     try:
         cuda_driver.export(memory.slab.data_ptr(), memory.slab.device.index)
     except (cuda_driver.DriverError, OSError) as error:
@@ -116,11 +120,16 @@ class _Pool:
         """Raises TransferBroken."""
         self.num_programs = num_programs
         self.memory = memory
+        self._ranges: Callable[[int, int], Sequence[Any]] = memory.tile_ranges
+        self._launch: Callable[..., None] = launch
+        if isinstance(memory, RoundedMemory):
+            self._ranges = memory.rounded_ranges
+            self._launch = partial(round_kernel.launch, dtype=memory.rows_dtype)
         self.handle = handle
         self.control = handle.control
         self.device = memory.slab.device
         self.stream = side_stream(self.device, "push")
-        width = memory.slab.shape[1] // memory.block_size * handle.block_size
+        width = memory.layer_offsets[-1] // memory.block_size * handle.block_size
         if width != handle.block_bytes:
             raise TransferBroken(f"blocks of {handle.block_bytes} bytes: {width} were expected")
         theirs = _visible_device(handle.device)
@@ -155,14 +164,14 @@ class _Pool:
     def push(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
         """Launches on the current stream, the side stream."""
         slab = self.memory.slab
-        ranges = self.memory.tile_ranges(rect.layer_start, rect.layer_stop)
+        ranges = self._ranges(rect.layer_start, rect.layer_stop)
         sums = torch.empty(len(ranges), self.num_programs, dtype=torch.int64, pin_memory=True)
         source = Side(slab.data_ptr(), slab.shape[1], self.memory.block_size, pages.ours, 0)
         target = Side(self.address, self.handle.block_bytes, self.handle.block_size, pages.theirs, 0)
         guard = self._guards_at + 8 * placement.guard if self._guards_at else 0
         at = sums.data_ptr()
         for tiles in ranges:
-            launch(source, target, tokens, tiles, at, self.num_programs, guard, placement.generation)
+            self._launch(source, target, tokens, tiles, at, self.num_programs, guard, placement.generation)
             at += 8 * self.num_programs
         event = torch.cuda.Event()
         event.record()

@@ -1,11 +1,13 @@
 """One kernel that moves scattered pages into another pool's scattered pages, re-laid out on the way, and digests them.
 
-It takes addresses, not tensors: the target may be memory of another process or GPU. A work item is one tile's run of
-rows that is contiguous on both sides; a bounded number of programs loops over all items, so that few multiprocessors
-carry the copy (NVLink takes what 16 or so of them write) and the others stay with the model.
+It takes addresses, not tensors: the target may be memory of another process or GPU. A bounded number of programs loops
+over chunks of 16 KiB, so that few multiprocessors carry the copy and the others stay with the model. Three chunks of
+each are on their way into shared memory while one is stored: with less in flight a program waits for latencies.
 
-Digest of a set of 32-bit words w, each at a column of the row (tile, token), the same whatever the order, the block
-size and the program that saw them:
+A chunk is a run of rows that lie together on both sides, where blocks are of one size, or rows that are each looked up.
+
+Digest of a set of words w (32 bits; bytes where rows are no multiple), each at a column of the row (tile, token), the
+same whatever the order, the block size and the program that saw them:
 
     sum of  w * K(column) * R(tile, token)   modulo 2^64,    K, R odd;    R = tile * A + token * B, made odd
 
@@ -23,7 +25,8 @@ import triton.language as tl
 
 from kv_transfer.relayout import TileRange
 
-TILE_WORDS = 4096  # of 32 bits, that a program moves at a time
+CHUNK_WORDS = 4096  # that a program moves at a time
+STAGES = 4  # chunks in a program's hands
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +40,6 @@ class Side:
     first_block: int  # logical number of the block that pages[0] is
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """Which of a pool's kv heads move: `num` of `total`, from `first` on."""
-
-    total: int
-    first: int
-    num: int
-
-
-def unit_tokens(source_size: int, target_size: int, row_bytes: int, start: int = 0, stop: int = 0) -> int:
-    """Tokens per work item: a power of two that divides both block sizes and the ends of what moves."""
-    common = math.gcd(source_size, target_size, start, stop)
-    return min(common & -common, max(1, TILE_WORDS // triton.next_power_of_2(row_bytes // 4)))
-
-
 def launch(
     source: Side,
     target: Side | None,
@@ -61,32 +49,39 @@ def launch(
     num_programs: int,
     guard: int = 0,
     generation: int = 0,
-    source_heads: Heads | None = None,
-    target_heads: Heads | None = None,
+    target_tiles: TileRange | None = None,
     with_digest: bool = True,
-    num_warps: int = 8,
-    tile_words: int = TILE_WORDS,
 ) -> None:
     """Moves tokens [start, stop) of some tiles on the current stream: int64 `digests`[i] becomes program i's sum.
 
     `target` None: only digests. `guard`: address of a uint64; unless it holds `generation`, nothing is written.
-    With heads, `num_tiles` counts those that move: a multiple of `num`, in parts (K, V of each layer) of `total` tiles.
+    `target_tiles`: where as many tiles of equal rows lie in the target, if not where they lie in the source: a slice of
+    the heads, say. The digest counts tiles as the target does.
     """
-    num_tiles, row_bytes, before = tiles.num_tiles, tiles.row_bytes, tiles.before
-    other = target or source
+    other, theirs = target or source, target_tiles or tiles
     start, stop = tokens
-    assert row_bytes % 4 == 0, row_bytes
-    unit = unit_tokens(source.block_size, other.block_size, row_bytes, start, stop)
-    num_units = (stop - start) // unit
-    mine = source_heads or Heads(num_tiles or 1, 0, num_tiles or 1)
-    theirs = target_heads or Heads(mine.num, 0, mine.num)
-    words, columns = row_bytes // 4, triton.next_power_of_2(row_bytes // 4)
-    units = max(1, tile_words // (unit * columns))
-    is_aligned = row_bytes % 16 == 0 and all(
-        number % 16 == 0
-        for side in (source, other)
-        for number in (side.address, side.block_bytes, before * side.block_size)
+    size = 4 if tiles.row_bytes % 4 == 0 else 1
+    words = tiles.row_bytes // size
+    columns = triton.next_power_of_2(words)
+    mine_part, their_part = tiles.part_tiles or tiles.num_tiles, theirs.part_tiles or theirs.num_tiles
+    run = their_part * other.block_size  # rows that lie together where whole blocks of one size move
+    run_rows = min(run & -run, CHUNK_WORDS // columns)
+    is_whole = (
+        source.block_size == other.block_size
+        and start % source.block_size == stop % source.block_size == 0
+        and mine_part == their_part
+        and columns == words
+        and run_rows * words >= CHUNK_WORDS // 8
     )
+    rows = run_rows if is_whole else max(1, CHUNK_WORDS // columns)
+    unit = source.block_size if is_whole else unit_tokens(source.block_size, other.block_size, start, stop, rows)
+    num_rows = (stop - start) * tiles.num_tiles
+    places = [
+        (side.address, side.block_bytes, part.before * side.block_size, part.part_bytes * side.block_size)
+        for side, part in ((source, tiles), (other, theirs))
+    ]
+    together = (rows if is_whole else 1) * tiles.row_bytes
+    aligned = math.gcd(16, together, *(number for place in places for number in place))
     move_kernel[(num_programs,)](
         source.address,
         other.address,
@@ -95,60 +90,47 @@ def launch(
         digests,
         guard,
         generation,
-        num_units * num_tiles,
-        num_tiles,
-        tiles.first_tile,
+        num_rows,
+        tiles.num_tiles,
         start,
+        unit,
+        theirs.first_tile,
+        theirs.part_step,
         source.first_block,
         other.first_block,
-        source.block_bytes // 4,
-        other.block_bytes // 4,
-        before // 4 * source.block_size,
-        before // 4 * other.block_size,
-        mine.total,
-        mine.first,
-        mine.num,
-        theirs.total,
-        theirs.first,
+        *(place[i] // size for i in (1, 2, 3) for place in places),
+        mine_part,
+        their_part,
         SOURCE_SIZE=source.block_size,
         TARGET_SIZE=other.block_size,
-        UNIT=unit,
-        UNITS=units,
+        WORD_BYTES=size,
         WORDS=words,
         COLUMNS=columns,
+        ROWS=rows,
+        WHOLE=is_whole,
         PUSH=target is not None,
         GUARDED=bool(guard),
         DIGEST=with_digest,
-        ALIGNED=is_aligned,
-        num_warps=num_warps,
+        ALIGNED=aligned,
+        NUM_STAGES=STAGES,
+        num_warps=8,
     )
+
+
+def unit_tokens(source_size: int, target_size: int, start: int, stop: int, most: int) -> int:
+    """Tokens that lie together on both sides: a power of two that divides block sizes and ends, and is at most `most`,
+    a power of two."""
+    common = math.gcd(source_size, target_size, start, stop)
+    return min(common & -common, most)
 
 
 def total(digests: torch.Tensor) -> int:
     """The digest of what one launch moved: its programs' sums, modulo 2^64."""
-    return int(digests.numpy().sum()) % 2**64  # int64 wraps around
+    return int(digests.sum()) % 2**64
 
 
-# Numbers of a launch that say nothing about alignment. Else a variant for each that is 1, or a multiple of 16, would be
-# compiled in the middle of a transfer.
-_PLAIN = [
-    "guard",
-    "generation",
-    "num_items",
-    "num_tiles",
-    "first_tile",
-    "start",
-    "source_first_block",
-    "target_first_block",
-    "source_total",
-    "source_first_head",
-    "num_heads",
-    "target_total",
-    "target_first_head",
-]
-
-
-@triton.jit(do_not_specialize=_PLAIN)
+# All 23 numbers, or a variant for each that is 1 or a multiple of 16 would be compiled in the middle of a transfer.
+@triton.jit(do_not_specialize=list(range(23)))
 def move_kernel(
     source,
     target,
@@ -157,139 +139,107 @@ def move_kernel(
     digests,
     guard,
     generation,
-    num_items,
+    num_rows,
     num_tiles,
-    first_tile,
     start,
+    unit,
+    first_tile,
+    tile_step,
     source_first_block,
     target_first_block,
-    source_block_words,
-    target_block_words,
+    source_block,  # from here on in words
+    target_block,
     source_before,
     target_before,
-    source_total,
-    source_first_head,
-    num_heads,
-    target_total,
-    target_first_head,
+    source_part,
+    target_part,
+    source_part_tiles,
+    target_part_tiles,
     SOURCE_SIZE: tl.constexpr,
     TARGET_SIZE: tl.constexpr,
-    UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
+    WORD_BYTES: tl.constexpr,
     WORDS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
     PUSH: tl.constexpr,
     GUARDED: tl.constexpr,
     DIGEST: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    source = tl.cast(source, tl.pointer_type(tl.int32))
-    target = tl.cast(target, tl.pointer_type(tl.int32))
-    if ALIGNED:  # to 16 bytes, as is every row; a cast forgets it, and then words would move one by one
-        source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
-    source_pages = tl.cast(source_pages, tl.pointer_type(tl.int32))
-    target_pages = tl.cast(target_pages, tl.pointer_type(tl.int32))
-    digests = tl.cast(digests, tl.pointer_type(tl.int64))
+    WORD: tl.constexpr = tl.uint32 if WORD_BYTES == 4 else tl.uint8
+    ALIGN: tl.constexpr = ALIGNED // WORD_BYTES
+    # The cast of a number is not known to be aligned, and words would move one by one.
+    source = tl.multiple_of(tl.cast(source, tl.pointer_type(WORD)), ALIGNED)
+    target = tl.multiple_of(tl.cast(target, tl.pointer_type(WORD)), ALIGNED)
     if GUARDED:
         held = tl.load(tl.cast(guard, tl.pointer_type(tl.int64)), volatile=True)
-        num_items = tl.where(held == generation, num_items, 0)
-    columns = tl.arange(0, COLUMNS)
-    # The upper half of splitmix64's first step, so that word times key is one wide multiplication.
-    keys = (((columns.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15) >> 32) | 1
-    row = tl.arange(0, UNITS * UNIT)  # the rows of UNITS items go together
-    stride = tl.num_programs(0) * UNITS
-    item = tl.program_id(0) * UNITS + row // UNIT
-    first = tl.program_id(0) * UNITS
-    seen = tl.zeros((UNITS * UNIT, COLUMNS), tl.uint64)
-    places = _places(
-        item,
-        num_items,
-        num_tiles,
-        start,
-        row,
-        source_pages,
-        source_first_block,
-        source_block_words,
-        source_before,
-        source_total,
-        source_first_head,
-        num_heads,
-        SOURCE_SIZE,
-        UNIT,
-        WORDS,
-    )
-    inside = (item < num_items)[:, None] & (columns < WORDS)[None, :]
-    words = tl.load(source + places[:, None] + columns[None, :], mask=inside, other=0)
-    while first < num_items:
-        # The next rows are on their way while these are written and digested: a program keeps a multiprocessor busy.
-        following = item + stride
-        places = _places(
-            following,
-            num_items,
-            num_tiles,
-            start,
-            row,
-            source_pages,
-            source_first_block,
-            source_block_words,
-            source_before,
-            source_total,
-            source_first_head,
-            num_heads,
-            SOURCE_SIZE,
-            UNIT,
-            WORDS,
+        num_rows = tl.where(held == generation, num_rows, 0)
+    line = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    seen = tl.zeros((ROWS, (COLUMNS + 3) // 4), tl.uint64)
+    for chunk in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=NUM_STAGES):
+        row = chunk * ROWS if WHOLE else chunk * ROWS + line
+        live = row < num_rows
+        tile, token = row // unit % num_tiles, start + row // unit // num_tiles * unit + row % unit
+        from_row = place(
+            *(tile, token, live, source_pages, source_first_block, source_block, source_before, source_part),
+            *(source_part_tiles, SOURCE_SIZE, WORDS, ALIGN),
         )
-        ahead = (following < num_items)[:, None] & (columns < WORDS)[None, :]
-        next_words = tl.load(source + places[:, None] + columns[None, :], mask=ahead, other=0)
+        to_row = place(
+            *(tile, token, live, target_pages, target_first_block, target_block, target_before, target_part),
+            *(target_part_tiles, TARGET_SIZE, WORDS, ALIGN),
+        )
+        if WHOLE:  # the others follow the first, in the same page and part
+            inside = column < WORDS
+            from_row, to_row = from_row + line * WORDS, to_row + line * WORDS
+            in_tile = token % SOURCE_SIZE + line
+            tile, token = tile + in_tile // SOURCE_SIZE, token // SOURCE_SIZE * SOURCE_SIZE + in_tile % SOURCE_SIZE
+        else:
+            inside = live[:, None] & (column < WORDS)
+        words = tl.load(source + (from_row[:, None] + column), mask=inside, other=0)
         if PUSH:
-            places = _places(
-                item,
-                num_items,
-                num_tiles,
-                start,
-                row,
-                target_pages,
-                target_first_block,
-                target_block_words,
-                target_before,
-                target_total,
-                target_first_head,
-                num_heads,
-                TARGET_SIZE,
-                UNIT,
-                WORDS,
-            )
-            tl.store(target + places[:, None] + columns[None, :], words, mask=inside)
+            tl.store(target + (to_row[:, None] + column), words, mask=inside)
         if DIGEST:
-            tile, token = first_tile + item % num_tiles, start + item // num_tiles * UNIT + row % UNIT
-            weight = (tile.to(tl.uint64) * 0xBF58476D1CE4E5B9 + token.to(tl.uint64) * 0x94D049BB133111EB) | 1
-            seen += words.to(tl.uint32, bitcast=True).to(tl.uint64) * keys[None, :] * weight[:, None]
-        words, inside, item = next_words, ahead, following
-        first += stride
+            number = first_tile + tile // target_part_tiles * tile_step + tile % target_part_tiles
+            seen += digest(words, number, token, ROWS, COLUMNS)
+    digests = tl.cast(digests, tl.pointer_type(tl.int64))
     tl.store(digests + tl.program_id(0), tl.sum(tl.sum(seen, axis=1), axis=0).to(tl.int64, bitcast=True))
 
 
 @triton.jit
-def _places(
-    item,
-    num_items,
-    num_tiles,
-    start,
-    row,
+def place(
+    tile,
+    token,
+    live,
     pages,
     first_block,
-    block_words,
+    block,
     before,
-    total,
-    first_head,
-    num_heads,
+    part,
+    part_tiles,
     SIZE: tl.constexpr,
-    UNIT: tl.constexpr,
     WORDS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
-    """Where the items' rows begin in a pool, in words; 0 behind the last item."""
-    tile, token = item % num_tiles, start + item // num_tiles * UNIT + row % UNIT
-    page = tl.load(pages + (token // SIZE - first_block), mask=item < num_items, other=0).to(tl.int64)
-    offset = before + (tile // num_heads * total + first_head + tile % num_heads) * (SIZE * WORDS)
-    return page * block_words + offset + token % SIZE * WORDS
+    """Where rows begin in a pool, in words. `tile` counts those that move; rows that are not `live` lie anywhere."""
+    pages = tl.cast(pages, tl.pointer_type(tl.int32))
+    page = tl.load(pages + (token // SIZE - first_block), mask=live, other=0).to(tl.int64)
+    row = tile % part_tiles * SIZE + token % SIZE
+    return tl.multiple_of(page * block + (before + tile // part_tiles * part + row * WORDS), ALIGN)
+
+
+@triton.jit
+def digest(words, tile, token, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What each four words of a row [ROWS, COLUMNS] add to the sum: they, by their keys, then once by the row's."""
+    columns = tl.arange(0, COLUMNS)
+    # The upper half of splitmix64's first step, so that word times key is one wide multiplication.
+    keys = (((columns.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15) >> 32) | 1
+    weight = (tile.to(tl.uint64) * 0xBF58476D1CE4E5B9 + token.to(tl.uint64) * 0x94D049BB133111EB) | 1
+    products = words.to(tl.uint64) * keys[None, :]
+    if COLUMNS >= 4:
+        products = tl.sum(tl.reshape(products, (ROWS, COLUMNS // 4, 4)), axis=2)
+    elif COLUMNS > 1:
+        products = tl.sum(products, axis=1)[:, None]
+    return products * weight[:, None]

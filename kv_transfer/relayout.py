@@ -65,22 +65,37 @@ def merge(tiles: Iterable[Tiles]) -> list[Tiles]:
 
 @dataclass(frozen=True, slots=True)
 class TileRange:
-    """Consecutive tiles of one row size, within a block."""
+    """Tiles of one row size in a block, so many of each part of it; a part is a layer.
+
+        | K: 2 tiles | V: 2 tiles | scales | K | V | scales | ...        part_tiles 4 of the layer's 8
+
+    In a block of s tokens a tile's offset is s times the bytes per token before it.
+    """
 
     first_tile: int  # counted over the whole block
     num_tiles: int
     row_bytes: int
-    before: int  # bytes per token of all tiles before it, so that its offset in a block of s tokens is s times that
+    before: int  # bytes per token of what lies before the first
+    part_tiles: int = 0  # that lie together in a part; 0: all do, in one part
+    part_step: int = 0  # tiles from one part's first to the next's
+    part_bytes: int = 0  # bytes per token, likewise
 
 
 def tile_ranges(layers: Sequence[Iterable[Tiles]], layer_start: int, layer_stop: int) -> Iterator[TileRange]:
-    """The tiles of layers [layer_start, layer_stop), of a block that consists of `layers`."""
+    """The tiles of layers [layer_start, layer_stop), of a block that consists of `layers`; as few ranges as there are
+    row sizes in a run of equal layers."""
     tile = before = 0
     for entry in (entry for layer in layers[:layer_start] for entry in layer):
         tile, before = tile + entry.num_tiles, before + entry.num_tiles * entry.row_bytes
-    for entry in merge(entry for layer in layers[layer_start:layer_stop] for entry in layer):
-        yield TileRange(tile, entry.num_tiles, entry.row_bytes, before)
-        tile, before = tile + entry.num_tiles, before + entry.num_tiles * entry.row_bytes
+    for layer, run in groupby(layers[layer_start:layer_stop]):
+        count, entries = len(list(run)), merge(layer)
+        step, width = sum(e.num_tiles for e in entries), sum(e.num_tiles * e.row_bytes for e in entries)
+        at_tile, at = tile, before
+        for entry in entries:
+            tiles = entry.num_tiles
+            yield TileRange(at_tile, count * tiles, entry.row_bytes, at, tiles, step, width)
+            at_tile, at = at_tile + entry.num_tiles, at + entry.num_tiles * entry.row_bytes
+        tile, before = tile + count * step, before + count * width
 
 
 def copy_rows(

@@ -3,19 +3,20 @@
     a layer here [K | V], rows of float32, bfloat16 or float16  ──►  [K | V | scales of K | scales of V]
 
 The rounding is that of engine/fp8.py, which nothing here may import; tests hold the two together over every value that
-16 bits can have. A row is rounded by itself, so blocks may differ in size.
+16 bits can have. A row is rounded by itself, so blocks may differ in size. Between GPUs a kernel rounds as it pushes
+(kv_transfer/round_kernel.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
 
 from kv_transfer import staging
 from kv_transfer.memory import BlockMemory
-from kv_transfer.relayout import Tiles
+from kv_transfer.relayout import TileRange, Tiles, merge
 
 
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +49,25 @@ class RoundedMemory(BlockMemory):
         offsets = tuple(accumulate(widths, initial=0))
         return cls(pool.slab, offsets, pool.block_size, tiles, torch.float8_e4m3fn, pool)
 
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        assert self.pool is not None and self.pool.dtype is not None
+        return self.pool.dtype
+
+    def rounded_ranges(self, layer_start: int, layer_stop: int) -> list[tuple[TileRange, TileRange, TileRange]]:
+        """Of the pool, and where their values and their scales go in blocks of the receiver."""
+        assert self.pool is not None
+        rows, sent = (iter(memory.tile_ranges(layer_start, layer_stop)) for memory in (self.pool, self))
+        found = []
+        for layer, _ in groupby(self.tiles[layer_start:layer_stop]):
+            *values, scales = (next(sent) for _ in merge(layer))
+            for one in values:
+                its = replace(scales, num_tiles=one.num_tiles, part_tiles=one.part_tiles)
+                found.append((next(rows), one, its))
+                first, before = scales.first_tile + one.part_tiles, scales.before + one.part_tiles
+                scales = replace(scales, first_tile=first, before=before)
+        return found
+
     def read(self, block_ids: Sequence[int], layer_start: int, layer_stop: int) -> list[np.ndarray]:
         assert self.pool is not None
         start, stop = self.pool.layer_offsets[layer_start], self.pool.layer_offsets[layer_stop]
@@ -63,13 +83,13 @@ class RoundedMemory(BlockMemory):
 
     def _rounded(self, pages: torch.Tensor, layer_start: int, layer_stop: int) -> torch.Tensor:
         """uint8 [blocks, bytes of the layers] of the pool -> of what is sent."""
-        assert self.pool is not None and self.pool.dtype is not None
+        assert self.pool is not None
         parts, at = [], 0
         for layer in self.pool.tiles[layer_start:layer_stop]:
             scales = []
             for entry in layer:
                 num_rows = entry.num_tiles * self.block_size
-                rows = pages[:, at : at + num_rows * entry.row_bytes].contiguous().view(self.pool.dtype)
+                rows = pages[:, at : at + num_rows * entry.row_bytes].contiguous().view(self.rows_dtype)
                 values, scale = quantise(rows.view(len(pages), num_rows, -1))
                 parts.append(values.view(torch.uint8).flatten(1))
                 scales.append(scale)

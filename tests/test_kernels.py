@@ -23,6 +23,7 @@ from engine.request import SamplingParams  # noqa: E402
 from engine.sampler import row_key, truncate  # noqa: E402
 from engine.sequence import Row  # noqa: E402
 from engine.verify import _sequence as sequence  # noqa: E402
+from tests.interpreter import patch as patch_interpreter  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if CUDA else [torch.float32]
@@ -35,16 +36,7 @@ pytestmark = [pytest.mark.gpu] if CUDA else []
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "force_triton", not CUDA)
     if not CUDA:
-        from triton.runtime import interpreter
-
-        own = interpreter._patch_lang_tensor
-
-        def patch(tensor, scope) -> None:
-            """Triton 3.6 turns one-element arrays into loop bounds with int(), which NumPy 2.4 refuses."""
-            own(tensor, scope)
-            tensor.__index__ = lambda self: int(self.handle.data.item())
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+        patch_interpreter(monkeypatch)
     torch.manual_seed(0)
 
 

@@ -10,11 +10,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from kv_transfer.push_kernel import Heads, Side, launch, total
+from kv_transfer.push_kernel import Side, launch, total
 from kv_transfer.relayout import TileRange, Tiles, tile_ranges
+from tests.interpreter import patch as patch_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK = (1 << 64) - 1
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        patch_interpreter(monkeypatch)
 
 
 def digest_of(rows: dict[tuple[int, int], bytes]) -> int:
@@ -22,7 +29,7 @@ def digest_of(rows: dict[tuple[int, int], bytes]) -> int:
     result = 0
     for (tile, token), row in rows.items():
         weight = (tile * 0xBF58476D1CE4E5B9 + token * 0x94D049BB133111EB) & MASK | 1
-        for column, word in enumerate(np.frombuffer(row, np.uint32).tolist()):
+        for column, word in enumerate(np.frombuffer(row, np.uint8 if len(row) % 4 else np.uint32).tolist()):
             key = ((column + 1) * 0x9E3779B97F4A7C15 & MASK) >> 32 | 1
             result += word * key * weight
     return result & MASK
@@ -81,9 +88,12 @@ EVEN = ((Tiles(2, 32), Tiles(2, 32)),) * 3
 FOUR = ((Tiles(4, 32), Tiles(4, 32)),) * 2
 # Other widths for K and V, one layer of its own, rows that are no power of two.
 UNEVEN = ((Tiles(2, 24), Tiles(2, 40)), (Tiles(1, 64), Tiles(1, 64)), (Tiles(2, 24), Tiles(2, 40)))
+# As float8 with its scales, and rows long enough for chunks that are runs.
+SCALED = ((Tiles(2, 32), Tiles(2, 32), Tiles(4, 1)),) * 3
+LONG = ((Tiles(2, 256), Tiles(2, 256), Tiles(4, 1)), (Tiles(4, 256), Tiles(4, 256)), (Tiles(4, 256), Tiles(4, 256)))
 
 
-@pytest.mark.parametrize("layers", [EVEN, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("layers", [EVEN, UNEVEN, SCALED, LONG], ids=["even", "uneven", "scaled", "long"])
 @pytest.mark.parametrize("sizes", [(16, 16), (16, 64), (64, 16), (32, 48)], ids=str)
 @pytest.mark.parametrize("part", [(0, 3), (1, 2)], ids=str)
 def test_rows_land_where_they_belong(layers, sizes, part):
@@ -108,11 +118,10 @@ def test_a_slice_of_heads():
         source.side(mine),
         target.side(theirs),
         (0, 32),
-        TileRange(0, 8, 32, 0),
+        TileRange(1, 8, 32, 32, 2, 4, 128),
         sums.data_ptr(),
         2,
-        source_heads=Heads(4, 1, 2),
-        target_heads=Heads(4, 2, 2),
+        target_tiles=TileRange(2, 8, 32, 64, 2, 4, 128),
     )
     sent, landed = source.rows([2, 0], range(32), (0, 2)), target.rows([3], range(32), (0, 2))
     for part in range(4):

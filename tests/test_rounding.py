@@ -8,16 +8,12 @@ import torch
 
 from cluster.config import DeploymentConfig
 from engine import fp8
-from engine.kv_cache import DTYPES, KVCache, Slots
-from engine.kv_layout import FP8, KVLayout, LayerShape
-from kv_transfer.base import BlockMemory
+from engine.kv_layout import FP8, KVLayout
 from kv_transfer.choose import candidates
-from kv_transfer.relayout import Tiles
 from kv_transfer.rounding import RoundedMemory, quantise
+from tests.rounding import LAYERS, written
 from tests.service import request, service
 from tests.transfer import tokens, transfer_pair
-
-LAYERS = [LayerShape(2, 16, 16), LayerShape(2, 16, 16), LayerShape(3, 24, 16)]
 
 
 def test_rounds_as_the_engine_for_every_value_of_16_bits():
@@ -28,27 +24,6 @@ def test_rounds_as_the_engine_for_every_value_of_16_bits():
         for rows in (x[:, None], torch.stack([x, torch.ones_like(x)], 1), x.view(-1, 64)):
             for ours, theirs in zip(quantise(rows), fp8.quantise(rows), strict=True):
                 assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
-
-
-def memory_of(cache: KVCache) -> BlockMemory:
-    layout = cache.layout
-    tiles = tuple(tuple(Tiles(*entry) for entry in layer) for layer in layout.tiles)
-    return BlockMemory(cache.slab, layout.layer_offsets, layout.block_size, tiles, DTYPES[layout.kv_dtype])
-
-
-def written(dtype: str, kv_dtype: str | None, block_size: int, block_ids: list[int], num_tokens: int) -> BlockMemory:
-    """A pool whose engine has computed the first of 90 tokens, the same whatever it keeps them in."""
-    layout = KVLayout.of("m", "w", "r", dtype, block_size, LAYERS, kv_dtype)
-    cache, at = KVCache(layout, 12, torch.device("cpu")), torch.arange(num_tokens)
-    generator = torch.Generator().manual_seed(0)
-    for shape, layer in zip(LAYERS, cache.layers, strict=True):
-        heads = shape.num_kv_heads
-        key, value = (
-            (torch.randn(90, heads, dim, generator=generator) * 30)[:num_tokens].to(DTYPES[dtype])
-            for dim in (shape.key_dim, shape.value_dim)
-        )
-        layer.write(key, value, Slots(torch.tensor(block_ids)[at // block_size], at % block_size))
-    return memory_of(cache)
 
 
 @pytest.mark.parametrize("transport", ["local", "grpc"])
