@@ -82,7 +82,9 @@ def trace_receiver(is_cuda: bool) -> None:
         from kv_transfer import cuda_pages
 
         around(cuda_pages, "launch", "  digest launching", "  digest launched")
-        around(cuda_pages, "total", "  digest done")
+        from kv_transfer.cuda_slot import Slot
+
+        around(Slot, "digest", "  digest done")
     else:
         around(BlockMemory, "digests", "  digest begun", "  digest done")
 

@@ -30,11 +30,10 @@ class ControlLink:
         return cls(await asyncio.to_thread(_dial, name, timeout_s), source)
 
     def open(self, transfer_id: bytes) -> "ControlStream":
-        """Sends BEGIN."""
-        stream = self._streams[transfer_id] = ControlStream(self, transfer_id)
+        begin = begin_frame(transfer_id, self._source)
+        stream = self._streams[transfer_id] = ControlStream(self, transfer_id, begin)
         if self._error is not None:
             stream.settle(Ack(0, self._error))
-        self.send(begin_frame(transfer_id, self._source))
         return stream
 
     def send(self, frame: bytes) -> None:
@@ -110,17 +109,22 @@ class ControlLink:
 class ControlStream:
     """One transfer's frames and its one acknowledgement: an Announcer (kv_transfer/placed.py)."""
 
-    def __init__(self, link: ControlLink, transfer_id: bytes) -> None:
+    def __init__(self, link: ControlLink, transfer_id: bytes, begin: bytes) -> None:
         self._link = link
         self._transfer_id = transfer_id
+        self._lock = threading.Lock()
+        self._begin = begin  # BEGIN, until it is sent: by whoever sends first, which may be a thread
         self._ack: Ack | None = None
         self._over = asyncio.Event()
 
     def announce(self, frame: bytes) -> None:
-        self._link.send(frame)
+        with self._lock:
+            self._send_begin()
+            self._link.send(frame)
 
     async def begin(self) -> None:
-        """BEGIN went out as the stream was made."""
+        with self._lock:
+            self._send_begin()
 
     async def answered(self, num_chunks: int | None) -> None:
         await self._over.wait()
@@ -137,6 +141,11 @@ class ControlStream:
         if error is not None and self._ack is None:
             self._link.send(abort_frame(self._transfer_id, str(error)))
         self._link.forget(self._transfer_id, self)
+
+    def _send_begin(self) -> None:
+        begin, self._begin = self._begin, b""
+        if begin:
+            self._link.send(begin)
 
     def settle(self, ack: Ack) -> None:
         if self._ack is None:

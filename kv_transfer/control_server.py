@@ -19,6 +19,8 @@ import socket
 import threading
 from collections import deque
 
+import torch
+
 from kv_transfer.base import ChunkHeader, TransferBroken, TransferError
 from kv_transfer.control import (
     MAX_BACKLOG,
@@ -75,6 +77,8 @@ class ControlServer:
     # On the thread
 
     def _serve(self) -> None:
+        if self._receiver.memory.slab.is_cuda:
+            torch.cuda.set_device(self._receiver.memory.slab.device)
         try:
             while not self._is_closing:
                 for key, _ in self._selector.select():

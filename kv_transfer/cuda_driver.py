@@ -6,11 +6,14 @@ Legacy IPC handles work on what cudaMalloc returned. Memory of torch's expandabl
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import torch
 
 HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
+_NO_CONTEXT = 201
 
 
 class DriverError(RuntimeError):
@@ -74,6 +77,23 @@ def open_memory(handle: bytes, device: int) -> int:
     with _context(device):
         _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), given, _LAZY_PEER_ACCESS)
     return address.value
+
+
+def copy_to_device(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
+    """From pinned host memory, as it is when the stream comes to it. Raises DriverError."""
+    status = _copier()(target, source, num_bytes, stream.cuda_stream)
+    if status == _NO_CONTEXT:  # this thread has called the driver for the first time, and the runtime never
+        with _context(stream.device_index):
+            status = _copier()(target, source, num_bytes, stream.cuda_stream)
+    if status:
+        raise DriverError(f"cuMemcpyHtoDAsync: error {status}")
+
+
+@functools.cache
+def _copier() -> Callable[[int, int, int, int], int]:
+    copy = _library().cuMemcpyHtoDAsync_v2
+    copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return copy
 
 
 def close_memory(address: int, device: int) -> None:

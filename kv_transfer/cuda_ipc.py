@@ -22,11 +22,12 @@ from kv_transfer import cuda_driver, locality, round_kernel
 from kv_transfer.base import Endpoint, Placement, ReadyEvent, TransferBroken, TransferRefused
 from kv_transfer.control import is_name
 from kv_transfer.cuda_pages import PageTables, first_of_each_shape, warm_up
+from kv_transfer.cuda_slot import Looks, Slot, Slots
 from kv_transfer.guards import NUM_SLOTS, open_guards
 from kv_transfer.memory import BlockMemory
 from kv_transfer.one_sided import OneSidedSender
 from kv_transfer.placed import Threads
-from kv_transfer.push_kernel import Side, launch, total
+from kv_transfer.push_kernel import Side, launch
 from kv_transfer.rect import Rect
 from kv_transfer.rounding import RoundedMemory
 from kv_transfer.staging import side_stream
@@ -121,7 +122,7 @@ class _Pool:
         self.num_programs = num_programs
         self.memory = memory
         self._ranges: Callable[[int, int], Sequence[Any]] = memory.tile_ranges
-        self._launch: Callable[..., None] = launch
+        self._launch: Callable[..., None] = lambda *args: launch(*args)  # as it is found then: benchmarks replace it
         if isinstance(memory, RoundedMemory):
             self._ranges = memory.rounded_ranges
             self._launch = partial(round_kernel.launch, dtype=memory.rows_dtype)
@@ -144,6 +145,8 @@ class _Pool:
         except cuda_driver.DriverError as error:
             raise TransferBroken(f"the receiver's pool cannot be mapped: {error}") from error
         self.address = self._mapped + handle.offset
+        self.life = locality.Life(handle.process)
+        self._slots, self._looks = Slots(self.device), Looks(self.stream)
         self._guards_at = _register(self.guards)
         self._warm_up()
 
@@ -162,35 +165,40 @@ class _Pool:
             return PageTables(placement.page_ids, -(-num_tokens // self.memory.block_size), self.device)
 
     def push(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
-        """Launches on the current stream, the side stream."""
+        """Launches on the side stream, one after the other."""
         slab = self.memory.slab
         ranges = self._ranges(rect.layer_start, rect.layer_stop)
-        sums = torch.empty(len(ranges), self.num_programs, dtype=torch.int64, pin_memory=True)
         source = Side(slab.data_ptr(), slab.shape[1], self.memory.block_size, pages.ours, 0)
         target = Side(self.address, self.handle.block_bytes, self.handle.block_size, pages.theirs, 0)
-        guard = self._guards_at + 8 * placement.guard if self._guards_at else 0
-        at = sums.data_ptr()
-        for tiles in ranges:
-            self._launch(source, target, tokens, tiles, at, self.num_programs, guard, placement.generation)
-            at += 8 * self.num_programs
-        event = torch.cuda.Event()
-        event.record()
-        return _Write(rect.after, event, sums, pages)
+        with torch.cuda.stream(self.stream):
+            slot = self._slots.take(len(ranges), self.num_programs)
+            pages.fill(rect.block_start, rect.block_ids, self.stream)
+            guard = 0
+            if self._guards_at:
+                guard = slot.word
+                self._looks.look(self._guards_at + 8 * placement.guard, slot, rect.after)  # type: ignore[arg-type]
+            elif rect.after is not None:
+                self.stream.wait_event(rect.after)  # type: ignore[arg-type]  # a torch.cuda.Event, where CUDA is
+            at = slot.address
+            for tiles in ranges:
+                self._launch(source, target, tokens, tiles, at, self.num_programs, guard, placement.generation)
+                at += slot.row_bytes
+            slot.done.record(self.stream)
+        return _Write(rect.after, slot, len(ranges), self._slots, pages)
 
     def close(self) -> None:
         self.stream.synchronize()
         cuda_driver.close_memory(self._mapped, self.device.index)
         if self._guards_at:
             torch.cuda.cudart().cudaHostUnregister(self._guards_at)
+        self.life.close()
 
     def _warm_up(self) -> None:
         """Compiles the kernels now, not within the first prompt's transfer: a push of no tokens."""
         nothing = Placement((0,), 0, 2**31 - 1)
         pages = self.tables(nothing)
-        with torch.cuda.stream(self.stream):
-            pages.fill(0, [0])
-            for layer in first_of_each_shape(self.memory.tiles):
-                self.push(Rect((), 0, layer, layer + 1, None), (0, 0), pages, nothing).wait()
+        for layer in first_of_each_shape(self.memory.tiles):
+            self.push(Rect((0,), 0, layer, layer + 1, None), (0, 0), pages, nothing).wait()
 
 
 class _Writer:
@@ -211,28 +219,27 @@ class _Writer:
             raise TransferBroken(f"token {last - 1} is pushed: {len(placement.page_ids)} blocks were granted")
         if not pool.is_live(placement):
             raise TransferRefused("the receiver has revoked the ticket")
-        if locality.is_gone(pool.handle.process):  # its guards stay as they were
+        if pool.life.is_over:  # its guards stay as they were
             raise TransferBroken("the receiver's process has ended")
-        with torch.cuda.stream(pool.stream):
-            self._pages.fill(rect.block_start, rect.block_ids)
-            if rect.after is not None:
-                pool.stream.wait_event(rect.after)  # type: ignore[arg-type]  # a torch.cuda.Event, where CUDA is
-            return pool.push(rect, tokens, self._pages, placement)
+        return pool.push(rect, tokens, self._pages, placement)
 
 
 @dataclass(frozen=True, slots=True)
 class _Write:
     after: ReadyEvent | None
-    event: torch.cuda.Event
-    sums: torch.Tensor
+    slot: Slot
+    num_ranges: int
+    slots: Slots
     pages: PageTables  # kept until they have been read
 
     def wait(self) -> int:
         # Asleep while the layers are computed, which may take long; polling, in the driver, for the push itself.
         if self.after is not None:
             self.after.synchronize()
-        self.event.synchronize()
-        return total(self.sums)
+        self.slot.done.synchronize()
+        digest = self.slot.digest(0, self.num_ranges)
+        self.slots.give_back(self.slot)
+        return digest
 
 
 def _visible_device(uuid: str) -> int:

@@ -1,13 +1,17 @@
 """Work on scattered pages in GPU memory, launched on a stream of its own beside the model's."""
 
+import functools
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
+from kv_transfer.cuda_driver import copy_to_device
+from kv_transfer.cuda_slot import Slots
 from kv_transfer.memory import BlockMemory, Pages
-from kv_transfer.push_kernel import Side, launch, total
+from kv_transfer.push_kernel import Side, launch
 from kv_transfer.staging import indices, side_stream
 
 # An H100 has 132 multiprocessors. A digest takes a tenth of a millisecond for 268 MB, and what is left of it when the
@@ -16,8 +20,8 @@ DIGEST_PROGRAMS = 132
 
 
 class PageTables:
-    """The page ids of one transfer at its sender: theirs, known from the start, and ours, as they are pushed. Uploaded
-    on the current stream, the one that reads them."""
+    """The page ids of one transfer at its sender: theirs, known from the start, and ours, as they are pushed. Made
+    while the stream that reads them is current, and kept as long as it does."""
 
     def __init__(self, theirs: Sequence[int], num_ours: int, device: torch.device) -> None:
         self._first = -(-len(theirs) // 4) * 4  # of ours: 16 bytes, as everything the kernel was compiled for
@@ -27,6 +31,7 @@ class PageTables:
         self._known[self._first :] = -1
         self._table = torch.empty(len(self._staged), dtype=torch.int32, device=device)
         self._is_there = False  # theirs, on the device
+        self._last: tuple[int, Sequence[int]] = (0, ())  # that was filled in
 
     @property
     def theirs(self) -> int:
@@ -37,17 +42,21 @@ class PageTables:
     def ours(self) -> int:
         return self._table.data_ptr() + 4 * self._first
 
-    def fill(self, block_start: int, block_ids: Sequence[int]) -> None:
-        """Our pages of the logical blocks from `block_start` on; they never change."""
+    def fill(self, block_start: int, block_ids: Sequence[int], stream: torch.cuda.Stream) -> None:
+        """Our pages of the logical blocks from `block_start` on; they never change. The stream's device is current."""
+        if self._last == (block_start, block_ids):
+            return
+        self._last = block_start, block_ids
         start = self._first + block_start
-        known, new = self._known[start : start + len(block_ids)], np.array(block_ids, np.int32)
+        stop = start + len(block_ids)
+        known, new = self._known[start:stop], np.array(block_ids, np.int32)
         if np.array_equal(known, new):
             return
         assert (known == -1).all(), "another page for a block that is on its way"
         known[:] = new
         first = start if self._is_there else 0
-        stop = start + len(block_ids)
-        self._table[first:stop].copy_(self._staged[first:stop], non_blocking=True)
+        target, source = self._table.data_ptr() + 4 * first, self._staged.data_ptr() + 4 * first
+        copy_to_device(target, source, 4 * (stop - first), stream)
         self._is_there = True
 
 
@@ -69,24 +78,30 @@ def warm_up(memory: BlockMemory) -> None:
 
 def digests(memory: BlockMemory, pages: Sequence[Pages]) -> list[int]:
     """Of what lies there now, on every program's own account. Blocks."""
-    device, size = memory.slab.device, memory.block_size
+    slab, size = memory.slab, memory.block_size
     ranges = [memory.tile_ranges(one.layer_start, one.layer_stop) for one in pages]
-    sums = torch.empty(sum(map(len, ranges)), DIGEST_PROGRAMS, dtype=torch.int64, pin_memory=True)
-    at, held, event = sums.data_ptr(), [], torch.cuda.Event()
-    with torch.cuda.stream(side_stream(device, "digest")):
+    stream, slots = side_stream(slab.device, "digest"), _slots(slab.device)
+    held = []
+    with torch.cuda.stream(stream):
+        slot = slots.take(sum(map(len, ranges)), DIGEST_PROGRAMS)
+        at = slot.address
         for one, found in zip(pages, ranges, strict=True):
-            ids = indices(one.block_ids, device, torch.int32) if one.table is None else one.table
+            ids = indices(one.block_ids, slab.device, torch.int32) if one.table is None else one.table
             held.append(ids)
             first = one.block_start if one.table is None else 0
-            side = Side(memory.slab.data_ptr(), memory.slab.shape[1], size, ids.data_ptr(), first)
+            side = Side(slab.data_ptr(), slab.shape[1], size, ids.data_ptr(), first)
             tokens = one.tokens or (one.block_start * size, (one.block_start + len(one.block_ids)) * size)
             for tiles in found:
                 launch(side, None, tokens, tiles, at, DIGEST_PROGRAMS)
-                at += 8 * DIGEST_PROGRAMS
-        event.record()
-    event.synchronize()  # polls, for it takes a fraction of a millisecond
-    results, row = [], 0
-    for found in ranges:
-        results.append(total(sums[row : row + len(found)]))
-        row += len(found)
-    return results
+                at += slot.row_bytes
+        slot.done.record(stream)
+    slot.done.synchronize()  # polls, for it takes a fraction of a millisecond
+    stops = list(accumulate(map(len, ranges), initial=0))
+    found_digests = [slot.digest(*rows) for rows in pairwise(stops)]
+    slots.give_back(slot)
+    return found_digests
+
+
+@functools.cache
+def _slots(device: torch.device) -> Slots:
+    return Slots(device)

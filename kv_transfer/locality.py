@@ -33,6 +33,35 @@ def is_gone(name: str) -> bool:
     return _started(int(pid)) != started
 
 
+class Life:
+    """Of the process that gave itself a name, asked often: a descriptor of it, where it can be had."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._poll: select.poll | None = None
+        self._file = -1
+        if not is_here(name):
+            return
+        try:
+            self._file = os.pidfd_open(int(name.split(":")[-2]))
+        except OSError:
+            return
+        if not is_gone(name):  # so the descriptor is of that process, and not of one that got its pid
+            self._poll = select.poll()
+            self._poll.register(self._file, select.POLLIN)
+
+    @property
+    def is_over(self) -> bool:
+        """False when it cannot be told from here."""
+        return bool(self._poll.poll(0)) if self._poll is not None else is_gone(self._name)
+
+    def close(self) -> None:
+        self._poll = None
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
 def is_here(name: str) -> bool:
     """Whether `is_gone` can tell."""
     return bool(_scope()) and name.startswith(f"{_scope()}:")

@@ -93,9 +93,9 @@ class TestOnGpu:
         async with pushing() as (_, peer, link):
             transfer_id, placement = await peer.grant([5, 6], "cuda_ipc")
             assert placement is not None
-            outgoing = link.open(transfer_id, placement=placement)
             # The writer is told to put the second block where the receiver does not look for it.
-            outgoing._placement = Placement((5, 7), placement.guard, placement.generation)
+            elsewhere = Placement((5, 7), placement.guard, placement.generation)
+            outgoing = link.open(transfer_id, placement=elsewhere)
             outgoing.push([1, 2], 0, 0, LAYERS)
             with pytest.raises(kv_transfer.TransferCorrupt):
                 await outgoing.finish()
@@ -165,11 +165,8 @@ async def write_to_the_dead() -> None:
         peer.process.kill()
         await peer.process.wait()
         pages = pool.tables(placement)
-        with torch.cuda.stream(pool.stream):
-            pages.fill(0, range(64))
         for _ in range(20):  # past the guard, which died with its owner only as far as its name goes
-            with torch.cuda.stream(pool.stream):
-                pool.push(Rect(tuple(range(64)), 0, 0, LAYERS, None), (0, 64 * 64), pages, placement).wait()
+            pool.push(Rect(tuple(range(64)), 0, 0, LAYERS, None), (0, 64 * 64), pages, placement).wait()
             await asyncio.sleep(0.1)
         assert source.slab.sum().item() and torch.ones(8, device="cuda:0").sum().item() == 8
         outgoing.abort("over")
