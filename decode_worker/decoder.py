@@ -95,7 +95,8 @@ class Decoder:
         return await asyncio.wrap_future(self.engine.reserve(run.owner, run.request, num_tokens, cached_multiple))
 
     async def adopt(self, run: Run, first_tokens: Sequence[FirstToken]) -> None:
-        """The KV is verified: make it visible and decode. Raises KeyError if the run ended meanwhile."""
+        """The KV is verified: make it visible and decode. Raises KeyError or ValueError if that is no longer possible,
+        and says so to the router, which counts on the run as soon as it hears Adopted."""
         if run.state is not RunState.GRANTED:
             raise KeyError(run.run_id)
         run.num_open_sequences = sum(not token.finished for token in first_tokens)
@@ -107,8 +108,8 @@ class Decoder:
         run.emit(run.entry(adopted=worker_pb2.Adopted()))
         try:
             await asyncio.wrap_future(self.engine.adopt(run.owner, run.request, first_tokens))
-        except (KeyError, ValueError):
-            self.end(run)
+        except (KeyError, ValueError) as error:
+            self.fail(run, inference_pb2.ERROR_REASON_INTERNAL, f"the KV could not be adopted: {error}", True)
             raise
 
     # Ends

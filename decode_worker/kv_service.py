@@ -151,15 +151,20 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             raise Refusal(grpc.StatusCode.ABORTED, "the run ended while it waited for pages")
         block_size = self._decoder.engine.layout.block_size
         num_blocks = -(-request.num_tokens // block_size)
-        transfer_id = self._decoder.receiver.grant(
-            owner=run.owner,
-            source=(request.source.worker_id, request.source.incarnation),
-            block_ids=reservation.block_ids[:num_blocks],
-            first_block=reservation.num_cached_tokens // block_size,
-            lease_s=LEASE_S,
-            writer=writer,
-            sent=(request.block_size, request.num_tokens),
-        )
+        try:
+            transfer_id = self._decoder.receiver.grant(
+                owner=run.owner,
+                source=(request.source.worker_id, request.source.incarnation),
+                block_ids=reservation.block_ids[:num_blocks],
+                first_block=reservation.num_cached_tokens // block_size,
+                lease_s=LEASE_S,
+                writer=writer,
+                sent=(request.block_size, request.num_tokens),
+            )
+        except MemoryError as error:
+            self._decoder.engine.release(run.owner)
+            run.state = RunState.EXPECTED
+            raise Refusal(grpc.StatusCode.ABORTED, str(error)) from error
         self._decoder.runs.granted(run, transfer_id)
         return kv.ReserveResponse(
             transfer_id=transfer_id,
@@ -241,9 +246,13 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             raise
         source = (request.source.worker_id, request.source.incarnation)
         sent = (request.block_size, len(probe.token_ids))
-        transfer_id = self._decoder.receiver.grant(
-            owner, source, reservation.block_ids, 0, LEASE_S, writer, sent, is_test=True
-        )
+        try:
+            transfer_id = self._decoder.receiver.grant(
+                owner, source, reservation.block_ids, 0, LEASE_S, writer, sent, is_test=True
+            )
+        except MemoryError as error:
+            engine.release(owner)
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         self._canaries[transfer_id] = owner
         placement = placement_to_pb(self._decoder.receiver.placement(transfer_id))
         return kv.CanaryResponse(transfer_id=transfer_id, num_blocks=request.num_blocks, placement=placement)

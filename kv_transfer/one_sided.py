@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
 import grpc.aio
@@ -55,8 +56,13 @@ class OneSidedSender:
         self._links: list[_Link] = []
 
     async def connect(self, address: str, endpoint: Endpoint) -> "_Link":
-        run = asyncio.get_running_loop().run_in_executor
-        pool = await run(self.threads.launching, self._map_pool, endpoint)
+        mapping = self.threads.launching.submit(self._map_pool, endpoint)
+        try:
+            pool = await asyncio.shield(asyncio.wrap_future(mapping))
+        except asyncio.CancelledError:
+            if not mapping.cancel():  # the thread is at it, or has just been
+                mapping.add_done_callback(_let_go)
+            raise
         control, note = None, "no control socket: transfers are announced over gRPC"
         if pool.control:
             try:
@@ -64,6 +70,9 @@ class OneSidedSender:
                 note = ""
             except TransferBroken as error:
                 note = f"transfers are announced over gRPC: {error}"
+            except BaseException:
+                self.threads.launching.submit(pool.close)
+                raise
         self._links.append(_Link(self, address, pool, control, note))
         return self._links[-1]
 
@@ -130,3 +139,9 @@ class _Link:
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
         return GrpcAnnouncer(self._channel, transfer_id, self._sender.source, self._sender.progress_s)
+
+
+def _let_go(mapping: "Future[MappedPool]") -> None:
+    """On the launching thread, of a pool that was mapped for nobody."""
+    if not mapping.cancelled() and mapping.exception() is None:
+        mapping.result().close()

@@ -267,9 +267,11 @@ class Peers:
             self._changed.notify_all()
 
     async def _close(self, task: asyncio.Task[Peer]) -> None:
+        """Of a handshake that failed, whoever asked for it has heard."""
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, PeerUnavailable, PeerIncompatible):
-            await (await task).close()
+        await asyncio.wait([task])
+        if not task.cancelled() and task.exception() is None:
+            await task.result().close()
 
     def _spawn(self, coroutine) -> None:
         task = asyncio.create_task(coroutine)

@@ -70,15 +70,19 @@ class Offers:
         if reservation.num_cached_tokens == len(token_ids):
             self._engine.release(owner)
             return kv.OfferResponse(cached_tokens=len(token_ids))
-        transfer_id = self._receiver.grant(
-            owner=owner,
-            source=(request.source.worker_id, request.source.incarnation),
-            block_ids=reservation.block_ids,
-            first_block=reservation.num_cached_tokens // block_size,
-            lease_s=LEASE_S,
-            writer=writer,
-            sent=(request.block_size, len(token_ids)),
-        )
+        try:
+            transfer_id = self._receiver.grant(
+                owner=owner,
+                source=(request.source.worker_id, request.source.incarnation),
+                block_ids=reservation.block_ids,
+                first_block=reservation.num_cached_tokens // block_size,
+                lease_s=LEASE_S,
+                writer=writer,
+                sent=(request.block_size, len(token_ids)),
+            )
+        except MemoryError as error:
+            self._engine.release(owner)
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         self._granted[transfer_id] = Granted(owner, len(token_ids), token_hash(token_ids))
         return kv.OfferResponse(
             transfer_id=transfer_id,
