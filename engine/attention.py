@@ -86,7 +86,7 @@ def _attend_single(q, k, v, mask, scale, softcap, sinks) -> torch.Tensor:
     if softcap is None and sinks is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        out = _plain(q, k, v, mask, scale, softcap, None if sinks is None else sinks.view(num_kv_heads, -1, 1))
+        out = plain_attention(q, k, v, mask, scale, softcap, None if sinks is None else sinks.view(num_kv_heads, -1, 1))
     return out.reshape(1, num_rows, -1, v.shape[-1])
 
 
@@ -104,11 +104,11 @@ def _attend_chunk(q, k, v, group: "Group", window, scale, softcap, sinks) -> tor
     sinks = None if sinks is None else sinks.view(num_kv_heads, -1, 1, 1)
     mask = group.mask(window, q.dtype)
     assert mask is not None, "several queries always need one"
-    out = _plain(q, k[:, :, None], v[:, :, None], mask[:, None], scale, softcap, sinks)
+    out = plain_attention(q, k[:, :, None], v[:, :, None], mask[:, None], scale, softcap, sinks)
     return out.flatten(1, 2).transpose(1, 2)
 
 
-def _plain(q, k, v, mask, scale, softcap, sinks) -> torch.Tensor:
+def plain_attention(q, k, v, mask, scale, softcap, sinks) -> torch.Tensor:
     """Attention spelled out, in float32: SDPA knows neither soft caps nor sinks."""
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
     if softcap is not None:

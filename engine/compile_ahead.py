@@ -25,7 +25,7 @@ from engine.kv_cache import KVCache
 from engine.kv_layout import FP8, ITEM_BYTES, KVLayout, LayerShape
 from engine.paged_attention import Call, Workspace, attend_chunks, attend_singles
 from engine.sequence import Row
-from engine.verify import _sequence
+from engine.verify import dummy_sequence
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _tasks(shape: _Shape, config: EngineConfig, device: torch.device, block_size
     cache = KVCache(layout, 2, device)
     space = Workspace(cache, max_rows, heads)
     inputs = Inputs(device, num_tokens, 1, 2, shape.windows, space.tile, space.queries)
-    row = Row(_sequence([0] * num_tokens, [0, 1]), 0, num_tokens)
+    row = Row(dummy_sequence([0] * num_tokens, [0, 1]), 0, num_tokens)
     chunks = inputs.fill([row], num_tokens, 1, 1, {}, block_size)
     tensors = inputs.views(num_tokens, 1, 1)
     qkv = torch.zeros(num_tokens, (heads + 2 * kv_heads) * dim, dtype=shape.dtype, device=device)

@@ -12,7 +12,7 @@ import torch
 
 from engine import ops
 from engine.request import TokenLogprob
-from engine.sampler import GREEDY_BELOW, Draw, _draws, _mix32, gumbel, row_key, truncate
+from engine.sampler import GREEDY_BELOW, Draw, draws_of, gumbel, mix32, row_key, truncate
 from engine.sequence import Row
 
 _M32 = 2**32 - 1
@@ -39,7 +39,7 @@ class Picker:
         num_rows, vocab_size = logits.shape
         if not num_rows:
             return
-        if not ops._triton(logits):
+        if not ops.uses_triton(logits):
             _reference_pick(logits, keys, temperatures, out, check)
             return
         from engine.triton_sample import pick_kernel, pick_last_kernel
@@ -59,7 +59,7 @@ class Picker:
             num_warps=4,
         )
         pick_last_kernel[(num_rows,)](
-            self._best, self._best_token, out, self._parts, PARTS=ops._power(self._parts), num_warps=1
+            self._best, self._best_token, out, self._parts, PARTS=ops.power_of_two(self._parts), num_warps=1
         )
 
 
@@ -70,7 +70,7 @@ def _reference_pick(logits, keys, temperatures, out, check) -> None:
     if random.any():
         low, high = (keys[:, random].long() & _M32).unsqueeze(-1)
         token_ids = torch.arange(scores.shape[1], device=scores.device)
-        bits = _mix32(_mix32(token_ids[None] ^ low).bitwise_xor_(high))
+        bits = mix32(mix32(token_ids[None] ^ low).bitwise_xor_(high))
         scores = scores.clone()
         scores[random] = scores[random] / temperatures[random, None] + gumbel(bits)
     out.copy_(scores.argmax(-1))
@@ -83,7 +83,7 @@ class Draws:
 
     def __init__(self, rows: Sequence[Row], vocab_size: int, eos_token_ids: frozenset[int], device: torch.device):
         self._vocab_size, self._eos, self._device = vocab_size, eos_token_ids, device
-        self.draws = [d for i, row in enumerate(rows) if row.samples and _is_special(row) for d in _draws(i, row)]
+        self.draws = [d for i, row in enumerate(rows) if row.samples and _is_special(row) for d in draws_of(i, row)]
 
     def launch(self, logits: torch.Tensor, last_ids: torch.Tensor, picker: Picker) -> "Drawn":
         """logits [num_rows, vocab_size]; last_ids int64 [num_rows]: the token that each row just fed."""
@@ -162,7 +162,7 @@ class Draws:
         scores[here] = part
 
     def _truncate(self, scores: torch.Tensor, greedy: Sequence[bool]) -> None:
-        if not ops._triton(scores):
+        if not ops.uses_triton(scores):
             rows = [i for i, g in enumerate(greedy) if not g]
             part = scores[rows]
             truncate(part, [self.draws[i].params for i in rows])

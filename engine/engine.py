@@ -171,7 +171,7 @@ class Engine:
         return future
 
     def retain(self, owner: str, hashes: Sequence[bytes]) -> "Future[tuple[int, ...]]":
-        """Pins the cached blocks of the longest known prefix of `hashes` (engine/prefix.py), read read until `release`.
+        """Pins the cached blocks of the longest known prefix of `hashes` (engine/prefix.py) until `release`.
 
         Best effort, never at a request's cost: no blocks while few are free.
         """

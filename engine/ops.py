@@ -30,7 +30,7 @@ class Norm:
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor | None, norm: Norm, before: Norm | None = None) -> torch.Tensor:
     """norm(residual + before(x)), all [num_rows, width]; `residual` becomes that sum. Without it: norm(x)."""
-    if not _triton(x):
+    if not uses_triton(x):
         x = before.reference(x) if before is not None else x
         if residual is not None:
             x = residual.copy_(residual + x)
@@ -39,7 +39,7 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor | None, norm: Norm, before:
 
     num_rows, width = x.shape
     out = torch.empty_like(x)
-    block = _power(width)
+    block = power_of_two(width)
     add_norm_kernel[(num_rows,)](
         x,
         x if residual is None else residual,
@@ -60,14 +60,14 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor | None, norm: Norm, before:
 def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """act(gate) * up of [num_rows, 2 * width], in the place of gate. `activation`: silu, gelu_tanh or gelu."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    if not _triton(gate_up):
+    if not uses_triton(gate_up):
         gate, up = gate_up.float().chunk(2, -1)
         kind = "tanh" if activation == "gelu_tanh" else "none"
         gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=kind)
         return gate_up[:, :width].copy_(gate * up)
     from engine.triton_layer import gated_kernel
 
-    block = min(1024, _power(width))
+    block = min(1024, power_of_two(width))
     grid = (num_rows, -(-width // block))
     gated_kernel[grid](gate_up, width, ACTIVATION=activation, BLOCK=block, num_warps=4)
     return gate_up[:, :width]
@@ -86,7 +86,7 @@ def rope_write(
     span = cache.spans[layer]
     dim, num_kv_heads = span.key_dim, span.num_kv_heads
     num_heads = qkv.shape[1] // dim - 2 * num_kv_heads
-    if not _triton(qkv):
+    if not uses_triton(qkv):
         q, k, v = qkv.view(qkv.shape[0], -1, dim).split([num_heads, num_kv_heads, num_kv_heads], 1)
         for part, norm in zip((q, k), norms or (None, None), strict=True):
             x = part if norm is None else norm.reference(part)
@@ -117,7 +117,7 @@ def rope_write(
         OFFSET=norm.offset if norm else 0.0,
         NORM=norm is not None,
         DIM=dim,
-        HALF=_power(dim // 2),
+        HALF=power_of_two(dim // 2),
         HEADS=heads,
         BLOCK_SIZE=cache.layout.block_size,
         SCALED=cache.is_scaled,
@@ -128,7 +128,7 @@ def rope_write(
 def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, layer: int, slots: torch.Tensor) -> None:
     """key [num_tokens, num_kv_heads, key_dim], value likewise, of any strides but the last."""
     span, size = cache.spans[layer], cache.layout.block_size
-    if not _triton(key):
+    if not uses_triton(key):
         chosen = (slots >= 0).nonzero().flatten()
         picked = slots[chosen].long()
         cache.layers[layer].write(key[chosen], value[chosen], Slots(picked // size, picked % size))
@@ -153,8 +153,8 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, layer: int,
         span.num_kv_heads,
         KEY_DIM=span.key_dim,
         VALUE_DIM=span.value_dim,
-        KEY_BLOCK=_power(span.key_dim),
-        VALUE_BLOCK=_power(span.value_dim),
+        KEY_BLOCK=power_of_two(span.key_dim),
+        VALUE_BLOCK=power_of_two(span.value_dim),
         BLOCK_SIZE=size,
         SCALED=cache.is_scaled,
         num_warps=1,
@@ -165,7 +165,7 @@ def gather(table: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
     """A layer's K and V, of one width, in the blocks `table` (int32): [2 * num_kv_heads, tokens, dim]."""
     span, size = cache.spans[layer], cache.layout.block_size
     tile, num_tiles = size * span.key_dim, 2 * span.num_kv_heads
-    if not _triton(cache.slab):
+    if not uses_triton(cache.slab):
         return torch.cat(cache.layers[layer].gather(Table(table[None].long())), 1)[0]
     from engine.triton_layer import gather_kernel
 
@@ -180,7 +180,7 @@ def gather(table: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
         cache.elements.stride(0),
         TILE=tile,
         DIM=span.key_dim,
-        BLOCK=min(8192, _power(tile)),
+        BLOCK=min(8192, power_of_two(tile)),
         SCALED=cache.is_scaled,
         num_warps=8,
     )
@@ -194,7 +194,7 @@ def prepare(
 
     A row that was not finite left -1 there: its request has failed, but the step behind was launched already.
     """
-    if not _triton(ids):
+    if not uses_triton(ids):
         late = tokens[sources.clamp(min=0).long()].clamp(min=0)
         return torch.where(sources >= 0, late, ids.long()), positions.long(), last.long()
     from engine.triton_layer import prepare_kernel
@@ -212,7 +212,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: 
     """Attention to more keys, into `out`: all [num_rows, num_heads, dim], heads and dim contiguous; lse float32
     [num_heads, >= num_rows], the logarithm of each row's sum of weights."""
     num_rows, num_heads, dim = out.shape
-    if not _triton(out):
+    if not uses_triton(out):
         a, b = lse[:, :num_rows].T[..., None], other_lse[:, :num_rows].T[..., None]
         both = torch.logaddexp(a, b)
         out.copy_(out.float() * (a - both).exp() + other.float() * (b - both).exp())
@@ -220,7 +220,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: 
         return
     from engine.triton_layer import merge_kernel
 
-    heads = min(16, _power(num_heads))
+    heads = min(16, power_of_two(num_heads))
     merge_kernel[(num_rows, -(-num_heads // heads))](
         out,
         lse,
@@ -232,17 +232,17 @@ def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: 
         other_lse.stride(0),
         num_heads,
         DIM=dim,
-        BLOCK=_power(dim),
+        BLOCK=power_of_two(dim),
         HEADS=heads,
         num_warps=4,
     )
 
 
-def _triton(tensor: torch.Tensor) -> bool:
+def uses_triton(tensor: torch.Tensor) -> bool:
     return (tensor.is_cuda or force_triton) and not force_reference
 
 
-def _power(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()
 

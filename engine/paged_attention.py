@@ -1,4 +1,4 @@
-"""Attention over the paged cache: rows of one query by our own kernel, longer chunks by torch's flash where it can.
+"""Attention over the paged cache by our own kernels: rows of one query, and chunks (long ones: torch_prefill.py).
 
 Every function here has its definition in plain torch, which a CPU runs.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine import ops
-from engine.attention import _plain
+from engine.attention import plain_attention
 from engine.kv_cache import KVCache, Table
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Workspace:
         if device.type != "cuda" and not ops.force_triton:
             return
         slots = max(h * p for h, p in self.programs.items()) * 2
-        group = max(16, ops._power(-(-num_heads // min(s.num_kv_heads for s in spans))))
-        width = max(ops._power(s.value_dim) for s in spans)
+        group = max(16, ops.power_of_two(-(-num_heads // min(s.num_kv_heads for s in spans))))
+        width = max(ops.power_of_two(s.value_dim) for s in spans)
         self.partial = torch.empty(slots * group * width, dtype=torch.float32, device=device)
         self.stats = torch.empty(slots * group * 2, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
@@ -76,7 +76,7 @@ class Workspace:
 
 def tile_tokens(dim: int, dtype: torch.dtype) -> int:
     """Tokens per tile of the decode kernel: two tiles of K and V in flight must fit an SM's shared memory."""
-    return 64 if ops._power(dim) * dtype.itemsize <= 512 else 32
+    return 64 if ops.power_of_two(dim) * dtype.itemsize <= 512 else 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def chunk_tile(dim: int, dtype: torch.dtype, is_roomy: bool) -> ChunkTile:
     """As measured on an H100, in bfloat16: of 8192 tokens, heads of 128 at 407 TFLOP/s (with 128 queries 374), heads of
     256 with soft caps at 446 (with 32 keys 315); those need an SM with room for 192 KiB.
     """
-    item = ops._power(dim) * dtype.itemsize
+    item = ops.power_of_two(dim) * dtype.itemsize
     if dtype.itemsize == 2 and 256 < item <= 512 and is_roomy:
         return ChunkTile(128, 64, 8)
     return ChunkTile(64 if item <= 512 else 32, 64 if item <= 256 else 32, 4 if item <= 256 else 8)
@@ -121,7 +121,7 @@ def attend_singles(
     num_heads = query.shape[1]
     if out is None:
         out = query.new_empty(*query.shape[:2], span.value_dim)
-    if not ops._triton(query):
+    if not ops.uses_triton(query):
         return _reference_singles(query, call, rows, cache, out)
     from engine.triton_decode import decode_kernel
 
@@ -152,14 +152,14 @@ def attend_singles(
         MIN_SHARE,
         span.num_kv_heads,
         GROUP=group,
-        GROUP_BLOCK=max(16, ops._power(group)),
+        GROUP_BLOCK=max(16, ops.power_of_two(group)),
         KEY_DIM=span.key_dim,
-        KEY_BLOCK=max(16, ops._power(span.key_dim)),  # what a dot sums over is 16 wide at least
+        KEY_BLOCK=max(16, ops.power_of_two(span.key_dim)),  # what a dot sums over is 16 wide at least
         VALUE_DIM=span.value_dim,
-        VALUE_BLOCK=ops._power(span.value_dim),
+        VALUE_BLOCK=ops.power_of_two(span.value_dim),
         BLOCK_SIZE=cache.layout.block_size,
         BLOCK=workspace.tile,
-        ROWS=max(16, ops._power(workspace.max_rows)),  # one compilation for all batches
+        ROWS=max(16, ops.power_of_two(workspace.max_rows)),  # one compilation for all batches
         HAS_WINDOW=call.window > 0,
         HAS_CAP=bool(call.softcap),
         HAS_SINKS=call.sinks is not None,
@@ -171,9 +171,7 @@ def attend_singles(
     return out
 
 
-MIN_SHARE = (
-    2  # tiles per program, below which a row is not split further: a lone row of 1024 took 11.8 us with 1, 10.0 so
-)
+MIN_SHARE = 2  # tiles per program, below which a row is not split: a lone one of 1024 took 10.0 us so, 11.8 with 1
 
 
 def attend_chunks(
@@ -187,10 +185,10 @@ def attend_chunks(
 ) -> None:
     """Fills in the tokens of all chunks, each causal, its last query seeing all of its tokens."""
     span = cache.spans[call.layer]
-    if not ops._triton(query):
+    if not ops.uses_triton(query):
         for chunk in chunks:
             here = slice(chunk.start, chunk.start + chunk.num_queries)
-            _reference_chunk(query[here], call, chunk, cache, out[here])
+            reference_chunk(query[here], call, chunk, cache, out[here])
         return
     from engine.triton_prefill import prefill_kernel
 
@@ -216,9 +214,9 @@ def attend_chunks(
         span.num_kv_heads,
         GROUP=num_heads // span.num_kv_heads,
         KEY_DIM=span.key_dim,
-        KEY_BLOCK=max(16, ops._power(span.key_dim)),  # what a dot sums over is 16 wide at least
+        KEY_BLOCK=max(16, ops.power_of_two(span.key_dim)),  # what a dot sums over is 16 wide at least
         VALUE_DIM=span.value_dim,
-        VALUE_BLOCK=ops._power(span.value_dim),
+        VALUE_BLOCK=ops.power_of_two(span.value_dim),
         BLOCK_SIZE=cache.layout.block_size,
         QUERIES=tile.queries,
         BLOCK=tile.keys,
@@ -240,11 +238,11 @@ def _reference_singles(
         if kv_len:
             table = rows.tables[start : start + -(-kv_len // size)]
             chunk = Chunk(i, 1, kv_len, table)
-            _reference_chunk(query[i : i + 1], call, chunk, cache, out[i : i + 1])
+            reference_chunk(query[i : i + 1], call, chunk, cache, out[i : i + 1])
     return out
 
 
-def _reference_chunk(query: torch.Tensor, call: Call, chunk: Chunk, cache: KVCache, out: torch.Tensor) -> torch.Tensor:
+def reference_chunk(query: torch.Tensor, call: Call, chunk: Chunk, cache: KVCache, out: torch.Tensor) -> torch.Tensor:
     k, v = cache.layers[call.layer].gather(Table(chunk.table[None].long()))  # [1, num_kv_heads, tokens, dim]
     k, v = k[:, :, : chunk.kv_len, :], v[:, :, : chunk.kv_len, :]
     num_kv_heads = k.shape[1]
@@ -256,5 +254,5 @@ def _reference_chunk(query: torch.Tensor, call: Call, chunk: Chunk, cache: KVCac
         hidden |= token <= last - call.window
     mask = torch.zeros(hidden.shape, device=query.device).masked_fill_(hidden, float("-inf"))
     sinks = None if call.sinks is None else call.sinks.view(num_kv_heads, -1, 1, 1)
-    got = _plain(q, k[:, :, None], v[:, :, None], mask, call.scale, call.softcap, sinks)
+    got = plain_attention(q, k[:, :, None], v[:, :, None], mask, call.scale, call.softcap, sinks)
     return out.copy_(got.flatten(1, 2)[0].transpose(0, 1))

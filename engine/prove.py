@@ -13,7 +13,7 @@ from engine.kv_layout import KVLayout
 from engine.paged_attention import Call, Workspace
 from engine.paged_batch import PagedBatch
 from engine.sequence import Row
-from engine.verify import _sequence
+from engine.verify import dummy_sequence
 
 NUM_BLOCKS = 4
 
@@ -116,7 +116,7 @@ class _Proof:
         space = Workspace(cache, self.max_rows, num_query_heads(self.model))
         inputs = Inputs(self.device, self.length, 1, NUM_BLOCKS, windows, space.tile, space.queries)
         ids = [(7 * i + 1) % self.model.info.vocab_size for i in range(self.length)]
-        row = Row(_sequence(ids, list(reversed(range(NUM_BLOCKS)))), start, stop - start)
+        row = Row(dummy_sequence(ids, list(reversed(range(NUM_BLOCKS)))), start, stop - start)
         num_chunks = int(row.num_tokens > 1)
         chunks = inputs.fill([row], row.num_tokens, 1, num_chunks, {}, self.block_size)
         tensors = inputs.views(row.num_tokens, 1, num_chunks)

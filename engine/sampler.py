@@ -34,7 +34,7 @@ class Draw:
 def sample(logits: torch.Tensor, rows: Sequence[Row], eos_token_ids: frozenset[int]) -> list[RowResult]:
     """logits float32 [num_rows, vocab_size], finite or the row fails. One result per row, in order."""
     results = [RowResult() for _ in rows]
-    draws = [draw for i, row in enumerate(rows) if row.samples for draw in _draws(i, row)]
+    draws = [draw for i, row in enumerate(rows) if row.samples for draw in draws_of(i, row)]
     finite = torch.isfinite(logits.sum(-1))  # NaN and Inf survive a sum
     if all(_is_plain(draw) for draw in draws):
         packed = torch.stack([logits.argmax(-1), finite.long()]).tolist()  # one transfer
@@ -86,7 +86,7 @@ def uniform_bits(
     """
     keys = [row_key(*row) for row in zip(seeds, sequence_indices, positions, strict=True)]
     low, high = torch.tensor([[k & _M32 for k in keys], [k >> 32 for k in keys]], device=token_ids.device)
-    return _mix32(_mix32(token_ids[None] ^ low[:, None]).bitwise_xor_(high[:, None]))
+    return mix32(mix32(token_ids[None] ^ low[:, None]).bitwise_xor_(high[:, None]))
 
 
 def row_key(seed: int, sequence_index: int, position: int) -> int:
@@ -167,7 +167,7 @@ def _logprobs(logits: torch.Tensor, draws: Sequence[Draw], tokens: Sequence[int]
     return found
 
 
-def _draws(i: int, row: Row) -> list[Draw]:
+def draws_of(i: int, row: Row) -> list[Draw]:
     sequence, request = row.sequence, row.sequence.request
     offset = row.stop - request.num_prompt_tokens
     return [
@@ -190,7 +190,7 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _mix32(x: torch.Tensor) -> torch.Tensor:
+def mix32(x: torch.Tensor) -> torch.Tensor:
     x = x ^ (x >> 16)
     x.mul_(0x21F0AAAD).bitwise_and_(_M32)
     x.bitwise_xor_(x >> 15)

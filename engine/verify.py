@@ -53,7 +53,7 @@ def compare(model: Any, device: torch.device) -> None:
     layout = KVLayout.of("verify", "", "", model.info.dtype, 16, model.layers)
     num_blocks = -(-length // 16)
     cache = KVCache(layout, num_blocks, device)
-    sequence = _sequence(ids, list(reversed(range(num_blocks))))
+    sequence = dummy_sequence(ids, list(reversed(range(num_blocks))))
     cuts = sorted({0, length // 2, length - 2, length - 1, length})
     rows = [Row(sequence, a, b - a) for a, b in pairwise(cuts)]
     with torch.inference_mode():
@@ -101,9 +101,9 @@ class _Lender:
 
 def dummy_row(num_tokens: int, num_blocks: int) -> Row:
     """A row that stands for nobody's prompt, over blocks 0.. of a cache of its own."""
-    return Row(_sequence([0] * num_tokens, list(range(num_blocks))), 0, num_tokens)
+    return Row(dummy_sequence([0] * num_tokens, list(range(num_blocks))), 0, num_tokens)
 
 
-def _sequence(ids: list[int], block_ids: list[int]) -> Sequence:
+def dummy_sequence(ids: list[int], block_ids: list[int]) -> Sequence:
     request = Request("verify", tuple(ids), len(ids), SamplingParams(temperature=0))
     return Sequence(request, 0, ids, 0, block_ids=block_ids)

@@ -22,7 +22,7 @@ from engine.paged_attention import (  # noqa: E402
 from engine.request import SamplingParams  # noqa: E402
 from engine.sampler import row_key, truncate  # noqa: E402
 from engine.sequence import Row  # noqa: E402
-from engine.verify import _sequence as sequence  # noqa: E402
+from engine.verify import dummy_sequence as sequence  # noqa: E402
 from tests.interpreter import patch as patch_interpreter  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -291,7 +291,7 @@ def test_merge(dtype: torch.dtype) -> None:
     "lengths", [[(700, 700)], [(2900, 800)], [(600, 200)], [(512, 512)] * 3, [(1024, 1024), (1024, 512), (99, 99)]]
 )
 def test_attend_by_cudnn(lengths: list[tuple[int, int]]) -> None:
-    from engine.paged_attention import Chunk, _reference_chunk
+    from engine.paged_attention import Chunk, reference_chunk
     from engine.torch_prefill import attend_run, cudnn_takes, equal_runs, gather
 
     SHAPES["real"] = (32, 8, 128, 128)
@@ -303,7 +303,7 @@ def test_attend_by_cudnn(lengths: list[tuple[int, int]]) -> None:
     for kv_len, num_queries in lengths:
         table = torch.randperm(50)[: -(-kv_len // 64)].to(torch.int32)
         rows = slice(start, start + num_queries)
-        _reference_chunk(query[rows], call, Chunk(start, num_queries, kv_len, table), cache, expected[rows])
+        reference_chunk(query[rows], call, Chunk(start, num_queries, kv_len, table), cache, expected[rows])
         chunks.append(Chunk(start, num_queries, kv_len, table.to(DEVICE)))
         key, value = (x[-num_queries:] for x in gather(chunks[-1], 1, here, 0, kv_len))
         keys.append(key)

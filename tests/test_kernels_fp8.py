@@ -16,10 +16,10 @@ from engine.paged_attention import (
     Chunk,
     Singles,
     Workspace,
-    _reference_chunk,
     attend_chunks,
     attend_singles,
     count_tiles,
+    reference_chunk,
 )
 from engine.sequence import Row
 from tests.test_kernels import (
@@ -202,7 +202,7 @@ def test_attend_by_cudnn(lengths: list[tuple[int, int]]) -> None:
     for kv_len, num_queries in lengths:
         table = torch.randperm(50)[: -(-kv_len // 64)].to(torch.int32)
         rows = slice(start, start + num_queries)
-        _reference_chunk(query[rows], call, Chunk(start, num_queries, kv_len, table), cache, expected[rows])
+        reference_chunk(query[rows], call, Chunk(start, num_queries, kv_len, table), cache, expected[rows])
         chunks.append(Chunk(start, num_queries, kv_len, table.to(DEVICE)))
         start += num_queries
     assert cudnn_takes(query.to(DEVICE), call, chunks, here)

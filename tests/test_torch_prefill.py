@@ -8,7 +8,7 @@ import torch
 from engine import torch_prefill
 from engine.kv_cache import KVCache, Slots
 from engine.kv_layout import FP8, KVLayout, LayerShape
-from engine.paged_attention import Call, Chunk, _reference_chunk
+from engine.paged_attention import Call, Chunk, reference_chunk
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 Shape = tuple[tuple[int, ...], ...]
@@ -61,7 +61,7 @@ def run(cache: KVCache, kv_len: int, num_queries: int) -> tuple[torch.Tensor, to
     own = torch_prefill.gather(chunk, 1, cache, kv_len - num_queries, kv_len)
     for mine, stored in zip((key, value), own, strict=True):
         mine[:] = torch.nan if cache.is_scaled else stored  # of a cache that rounds, only what it holds counts
-    expected = _reference_chunk(query, call, chunk, cache, torch.zeros(num_queries, HEADS, DIM))
+    expected = reference_chunk(query, call, chunk, cache, torch.zeros(num_queries, HEADS, DIM))
     return torch_prefill.attend_run(query, key, value, call, [chunk], cache), expected
 
 
