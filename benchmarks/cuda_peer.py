@@ -1,6 +1,6 @@
 """A receiving pool on a GPU in a process of its own: what benchmarks/transfer_cuda.py and the GPU tests push into.
 
-    python -m benchmarks.cuda_peer DEVICE BLOCK_SIZE NUM_BLOCKS NUM_LAYERS NUM_HEADS DIM
+    python -m benchmarks.cuda_peer DEVICE BLOCK_SIZE NUM_BLOCKS NUM_LAYERS NUM_HEADS DIM [ITEM_BYTES]
 
 One JSON object per line: commands come on stdin, answers go to stdout. Other processes that receive answer more
 commands beside these (benchmarks/decode_peer.py).
@@ -30,16 +30,25 @@ SOURCE = ("sender", "0")
 
 
 def make_memory(
-    device: str, block_size: int, num_blocks: int, num_layers: int, num_heads: int, dim: int, seed: int | None = None
+    device: str,
+    block_size: int,
+    num_blocks: int,
+    num_layers: int,
+    num_heads: int,
+    dim: int,
+    item_bytes: int = 2,
+    seed: int | None = None,
 ) -> BlockMemory:
-    """bfloat16 pages, random bytes or zeros."""
-    tiles = ((Tiles(num_heads, dim * 2), Tiles(num_heads, dim * 2)),) * num_layers
-    layer = block_size * num_heads * dim * 2 * 2
+    """Pages of bfloat16 or, where an element has one byte, of float8 with its scales; random bytes or zeros."""
+    values = Tiles(num_heads, dim * item_bytes)
+    tiles = ((values, values) if item_bytes == 2 else (values, values, Tiles(2 * num_heads, 1)),) * num_layers
+    layer = block_size * sum(entry.num_tiles * entry.row_bytes for entry in tiles[0])
     slab = torch.zeros(num_blocks, num_layers * layer, dtype=torch.uint8, device=device)
     if seed is not None:
         torch.manual_seed(seed)
         slab.view(torch.int64).random_()
-    return BlockMemory(slab, tuple(layer * i for i in range(num_layers + 1)), block_size, tiles)
+    dtype = torch.bfloat16 if item_bytes == 2 else torch.float8_e4m3fn
+    return BlockMemory(slab, tuple(layer * i for i in range(num_layers + 1)), block_size, tiles, dtype)
 
 
 class Peer:
@@ -73,8 +82,10 @@ class Peer:
             raise getattr(kv_transfer, answer["kind"])(answer["error"])
         return answer["answer"]
 
-    async def grant(self, block_ids, transport: str, lease_s: float = 60.0) -> tuple[bytes, Placement | None]:
-        answer = await self.ask("grant", block_ids=list(block_ids), transport=transport, lease_s=lease_s)
+    async def grant(
+        self, block_ids, transport: str, lease_s: float = 60.0, sent: tuple[int, int] | None = None
+    ) -> tuple[bytes, Placement | None]:
+        answer = await self.ask("grant", block_ids=list(block_ids), transport=transport, lease_s=lease_s, sent=sent)
         placement = answer["placement"]
         return bytes.fromhex(answer["transfer_id"]), Placement(
             tuple(placement[0]), *placement[1:]
@@ -137,7 +148,8 @@ async def _answer(
     match asked["what"]:
         case "grant":
             writer = "sender" if asked["transport"] in ONE_SIDED else None
-            transfer_id = receiver.grant("owner", SOURCE, asked["block_ids"], 0, asked["lease_s"], writer)
+            sent = tuple(asked["sent"]) if asked["sent"] else None
+            transfer_id = receiver.grant("owner", SOURCE, asked["block_ids"], 0, asked["lease_s"], writer, sent)
             placement = receiver.placement(transfer_id)
             where = [placement.page_ids, placement.guard, placement.generation] if placement else None
             return {"transfer_id": transfer_id.hex(), "placement": where}

@@ -27,6 +27,7 @@ from kv_transfer.relayout import TileRange
 
 CHUNK_WORDS = 4096  # that a program moves at a time
 STAGES = 4  # chunks in a program's hands
+NUM_WARPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def launch(
         DIGEST=with_digest,
         ALIGNED=aligned,
         NUM_STAGES=STAGES,
-        num_warps=8,
+        num_warps=NUM_WARPS,
     )
 
 

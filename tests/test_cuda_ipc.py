@@ -15,6 +15,7 @@ from benchmarks.cuda_peer import SOURCE, Peer, make_memory
 from kv_transfer.base import BlockMemory, Endpoint, Link, Placement, TransferBroken
 from kv_transfer.create import create_sender
 from kv_transfer.rect import Rect
+from kv_transfer.rounding import RoundedMemory
 
 SHAPE = (64, 64, 8, 4, 128)  # block size, blocks, layers, heads, dim
 LAYERS = SHAPE[2]
@@ -46,10 +47,16 @@ def test_a_pool_on_the_cpu_has_no_cuda_ipc():
 
 
 @asynccontextmanager
-async def pushing() -> AsyncIterator[tuple[BlockMemory, Peer, Link]]:
+async def pushing(
+    kept: tuple[int, int] = (2, 2), block_size: int = SHAPE[0]
+) -> AsyncIterator[tuple[BlockMemory, Peer, Link]]:
+    """`kept`: bytes of an element here and there, 1: float8; `block_size`: there."""
     torch.cuda.set_device(0)
-    source = make_memory("cuda:0", *SHAPE, seed=1)
-    peer = await Peer.start(f"cuda:{torch.cuda.device_count() - 1}", *SHAPE)
+    source = make_memory("cuda:0", *SHAPE, kept[0], seed=1)
+    if kept[0] != kept[1]:
+        source.slab.view(torch.bfloat16).normal_()
+        source = RoundedMemory.of(source)
+    peer = await Peer.start(f"cuda:{torch.cuda.device_count() - 1}", block_size, *SHAPE[1:], kept[1])
     sender = create_sender("cuda_ipc", source, SOURCE, progress_s=10.0)
     try:
         endpoint = next(e for e in peer.endpoints if e.transport == "cuda_ipc")
@@ -88,6 +95,24 @@ class TestOnGpu:
                 await peer.commit(transfer_id, await outgoing.finish())
                 assert await peer.ask("pages", block_ids=theirs) == hashes(source, mine)
             assert await peer.ask("check") == 0
+
+    @pytest.mark.parametrize("block_size", [64, 16, 128])
+    @pytest.mark.parametrize("kept", [(2, 2), (1, 1), (2, 1)], ids=str)
+    async def test_pools_of_other_blocks_and_dtypes(self, kept: tuple[int, int], block_size: int):
+        """Against the same laid anew, and rounded, on the host. The last block is partly filled."""
+        async with pushing(kept, block_size) as (source, peer, link):
+            num_tokens = 11 * 64 + 20
+            mine = torch.randperm(64)[:12].tolist()
+            theirs = torch.randperm(64)[: -(-num_tokens // block_size)].tolist()
+            transfer_id, placement = await peer.grant(theirs, "cuda_ipc", sent=(64, num_tokens))
+            outgoing = link.open(transfer_id, placement=placement)
+            for start, stop in ((0, 5), (5, 12)):
+                for layer in range(0, LAYERS, 2):
+                    outgoing.push(mine[start:stop], start, layer, layer + 2)
+            await peer.commit(transfer_id, await outgoing.finish())
+            wanted = make_memory("cpu", block_size, *SHAPE[1:], kept[1])
+            wanted.write_anew(theirs, 0, 64, 0, LAYERS, source.read(mine, 0, LAYERS))
+            assert await peer.ask("pages", block_ids=theirs) == hashes(wanted, theirs)
 
     async def test_a_bit_that_changed_where_it_landed_is_seen(self):
         async with pushing() as (_, peer, link):
