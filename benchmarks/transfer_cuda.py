@@ -3,12 +3,12 @@
     python -m benchmarks.transfer_cuda [--rounds 9] [--block-sizes 16 64 128] [--programs 32 64 132]
 
 The pages are those of Llama-3.1-8B (32 layers of 8 kv heads x 128, bf16), 8192 tokens scattered in both pools, pushed
-as four stretches of 8 layers. The receiver is another process. In one run, the physical bound first:
+at once. The receiver is another process. In one run, the physical bound first:
 
     copy       one contiguous peer copy of 1 GiB by the copy engine
     kernel     the push kernel alone, by GPU events, without and with taking the digest
-    transfer   cuda_ipc from open to the answer that the manifest is verified; with the commit's answer; back to back,
-               two in flight; of 128 pages. `unchecked`: as if nobody took digests
+    transfer   cuda_ipc from open to the answer that the manifest is verified; with the commit's answer; pushed as four
+               stretches of 8 layers; back to back, two in flight; of 128 pages. `unchecked`: as if nobody took digests
     nixl       the same by our transport `nixl` over UCX, where the package is installed
     nccl       256 MiB of contiguous bytes, and the same pages gathered, sent and scattered (benchmarks/nccl_cuda.py)
     cost       a matrix product of 8192^3 alone, and while pages are pushed at full speed; the same for a stretch of
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.cuda_peer import SOURCE, Peer, make_memory
-from benchmarks.transfer_whole import num_pages, pool_size, steady, transfers
+from benchmarks.transfer_whole import STRETCHES, num_pages, pool_size, steady, transfers
 from benchmarks.unchecked import no_digest_taken
 from kv_transfer.base import BlockMemory, Link
 from kv_transfer.create import create_sender
@@ -77,6 +77,7 @@ async def measure(block_size: int, programs: list[int], rounds: int, copy: float
         figures = dict(zip(("kernel", "kernel_digest"), kernels, strict=True))
         verified, committed = await transfers(source, peer, link, rounds, count)
         figures |= {"transfer": verified, "transfer_committed": committed}
+        figures["transfer_stretches"] = (await transfers(source, peer, link, rounds, count, STRETCHES))[0]
         figures["transfer_steady"] = await steady(source, peer, link, rounds, count)
         if count != 128:
             figures["transfer_128_pages"] = (await transfers(source, peer, link, rounds, 128))[0]

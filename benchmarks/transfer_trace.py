@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.cuda_peer import SOURCE, Peer, make_memory, serve
-from benchmarks.transfer_whole import WARM_UP, num_pages, pool_size, push
+from benchmarks.transfer_whole import STRETCHES, WARM_UP, num_pages, pool_size, push
 from kv_transfer import create
 from kv_transfer.base import BlockMemory
 from kv_transfer.control_link import ControlLink, ControlStream
@@ -31,6 +31,7 @@ from kv_transfer.receiver import Receiver
 Stamp = tuple[float, str]
 stamps: list[Stamp] = []  # of this process
 LAYERS, HEADS, DIM = 32, 8, 128
+WRITTEN = "landed; the GPU wrote for"
 
 
 def stamp(name: str) -> None:
@@ -59,6 +60,7 @@ def trace_sender(transport: str) -> None:
         from kv_transfer import cuda_ipc
 
         writer, write = cuda_ipc._Writer, cuda_ipc._Write
+        time_writes()
     else:
         from kv_transfer import nixl
 
@@ -73,6 +75,20 @@ def trace_sender(transport: str) -> None:
         stamp(f"{Kind(frame[3]).name} sent")
 
     ControlLink.send = sent  # type: ignore[method-assign]
+
+
+def time_writes() -> None:
+    """How long the GPU had for each write, from its look at the guard to its end. Before the first one."""
+    from kv_transfer.cuda_slot import Slot
+
+    torch.cuda.Event = functools.partial(torch.cuda.Event, enable_timing=True)  # type: ignore[assignment, misc]
+    digest = Slot.digest
+
+    def timed(self: Slot, first: int, stop: int) -> int:
+        stamp(f"{WRITTEN} {self.began.elapsed_time(self.done) * 1e3:.0f} us")
+        return digest(self, first, stop)
+
+    Slot.digest = timed  # type: ignore[method-assign]
 
 
 def trace_receiver(is_cuda: bool) -> None:
@@ -127,7 +143,7 @@ async def traced(args: argparse.Namespace) -> None:
         stamp("open")
         outgoing = link.open(transfer_id, placement=placement)
         stamp("opened")
-        push(outgoing, tuple(mine), source.num_layers)
+        push(outgoing, tuple(mine), source.num_layers, args.stretches)
         stamp("all pushed")
         manifest = await outgoing.finish()
         stamp("finished")
@@ -165,6 +181,8 @@ def report(found: list[list[Stamp]], num_bytes: int) -> None:
         each = [at(events, last, max if first != "open" else min) - at(events, first, which) for events in found]
         stretches[name] = round(statistics.median(each) * 1e6, 1)
         print(f"{stretches[name]:9.1f} us  {name}")
+    writes = [[int(what.split()[-2]) for _, what in events if what.startswith(WRITTEN)] for events in found]
+    print(f"{statistics.median(map(sum, writes)):9.1f} us  of which the GPU wrote")
     total = statistics.median(map(took, found))
     print(f"{total * 1e6:9.1f} us  in all: {num_bytes / 1e9 / total:.1f} GB/s")
     print(json.dumps({"benchmark": "transfer_trace", "us": stretches, "gb_per_s": num_bytes / 1e9 / total}))
@@ -176,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--programs", type=int, default=0, help="of a push; 0: as in service")
+    parser.add_argument("--stretches", type=int, default=STRETCHES, help="pushes of so many layers each; 1: at once")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: smaller pages, by nixl")
     return asyncio.run(traced(parser.parse_args()))

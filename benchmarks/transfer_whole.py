@@ -1,7 +1,8 @@
 """Whole transfers of scattered pages into a peer's pool, from `open` to the answer that the manifest is verified there.
 
-What benchmarks/transfer_cuda.py reports and benchmarks/transfer_trace.py takes apart. The layers are pushed as four
-stretches, as if they were all computed already; grants and commits of rounds that follow each other are not timed.
+What benchmarks/transfer_cuda.py reports and benchmarks/transfer_trace.py takes apart. All layers are there already, as
+a prefix is that the prefill worker had cached, or a turn that goes back: they are pushed at once, or as four stretches
+of eight. Grants, and commits of rounds that follow each other, are not timed.
 """
 
 import asyncio
@@ -28,13 +29,15 @@ def pool_size(block_size: int) -> int:
     return LANES * max(128, num_pages(block_size)) + 32
 
 
-def push(outgoing: Outgoing, block_ids: Sequence[int], num_layers: int) -> None:
-    step = num_layers // STRETCHES
+def push(outgoing: Outgoing, block_ids: Sequence[int], num_layers: int, stretches: int) -> None:
+    step = num_layers // stretches
     for layer in range(0, num_layers, step):
         outgoing.push(block_ids, 0, layer, layer + step)
 
 
-async def transfers(source: BlockMemory, peer: Peer, link: Link, rounds: int, count: int) -> tuple[float, float]:
+async def transfers(
+    source: BlockMemory, peer: Peer, link: Link, rounds: int, count: int, stretches: int = 1
+) -> tuple[float, float]:
     """GB/s, medians: until the answer that all of `count` pages is verified, and until the commit is answered."""
     verified, committed = [], []
     for index in range(rounds + WARM_UP):
@@ -42,7 +45,7 @@ async def transfers(source: BlockMemory, peer: Peer, link: Link, rounds: int, co
         transfer_id, placement = await peer.grant(theirs, link.transport)
         started_s = time.perf_counter()
         outgoing = link.open(transfer_id, placement=placement)
-        push(outgoing, tuple(mine), source.num_layers)
+        push(outgoing, tuple(mine), source.num_layers, stretches)
         manifest = await outgoing.finish()
         verified_s = time.perf_counter()
         await peer.commit(transfer_id, manifest)
@@ -62,7 +65,7 @@ async def steady(source: BlockMemory, peer: Peer, link: Link, rounds: int, count
         manifests = []
         for transfer_id, placement in granted:
             outgoing = link.open(transfer_id, placement=placement)
-            push(outgoing, tuple(mine), source.num_layers)
+            push(outgoing, tuple(mine), source.num_layers, 1)
             manifests.append(await outgoing.finish())
         return manifests
 

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kv_transfer import triton_launch
 from kv_transfer.relayout import TileRange
 
 CHUNK_WORDS = 4096  # that a program moves at a time
@@ -83,7 +84,7 @@ def launch(
     ]
     together = (rows if is_whole else 1) * tiles.row_bytes
     aligned = math.gcd(16, together, *(number for place in places for number in place))
-    move_kernel[(num_programs,)](
+    numbers = (
         source.address,
         other.address,
         source.pages,
@@ -102,6 +103,8 @@ def launch(
         *(place[i] // size for i in (1, 2, 3) for place in places),
         mine_part,
         their_part,
+    )
+    constants = dict(
         SOURCE_SIZE=source.block_size,
         TARGET_SIZE=other.block_size,
         WORD_BYTES=size,
@@ -114,8 +117,8 @@ def launch(
         DIGEST=with_digest,
         ALIGNED=aligned,
         NUM_STAGES=STAGES,
-        num_warps=NUM_WARPS,
     )
+    triton_launch.run(move_kernel, num_programs, numbers, constants, NUM_WARPS)
 
 
 def unit_tokens(source_size: int, target_size: int, start: int, stop: int, most: int) -> int:
