@@ -96,8 +96,9 @@ class TestOnGpu:
                 assert await peer.ask("pages", block_ids=theirs) == hashes(source, mine)
             assert await peer.ask("check") == 0
 
-    @pytest.mark.parametrize("block_size", [64, 16, 128])
-    @pytest.mark.parametrize("kept", [(2, 2), (1, 1), (2, 1)], ids=str)
+    @pytest.mark.parametrize(
+        "kept, block_size", [((2, 2), 16), ((2, 2), 128), ((1, 1), 64), ((2, 1), 64), ((2, 1), 16)], ids=str
+    )
     async def test_pools_of_other_blocks_and_dtypes(self, kept: tuple[int, int], block_size: int):
         """Against the same laid anew, and rounded, on the host. The last block is partly filled."""
         async with pushing(kept, block_size) as (source, peer, link):
