@@ -57,6 +57,8 @@ class Fencing:
             is_member = member is not None and member.incarnation == writer["incarnation"]
             if source in self._ending or (is_member and writer["age_s"] < self._timeout_s):
                 continue
+            if not writer["process"].partition(":")[0]:  # it does not know where it runs: nobody can see it end
+                continue
             if is_member and supervisor is not None:
                 supervisor.condemn(f"its writes into another worker's pool had not ended after {self._timeout_s:g} s")
                 self.num_killed += 1

@@ -88,9 +88,9 @@ def end(name: str, within_s: float) -> bool:
 
 
 def _scope() -> str:
-    """Where a pid means one process: this boot and pid namespace."""
+    """Where a pid means one process: this boot and pid namespace. Empty where either is not known."""
     try:
-        return f"{host()}/{os.readlink('/proc/self/ns/pid')}"
+        return f"{host()}/{os.readlink('/proc/self/ns/pid')}" if host() else ""
     except OSError:
         return ""
 

@@ -204,8 +204,10 @@ class Controller:
         spawn = lambda task: self.tasks.append(asyncio.ensure_future(task))  # noqa: E731
         self.fencing = Fencing(self.supervisors, 30.0, spawn, self._end)  # type: ignore[arg-type]
 
-    async def report(self, incarnation: str, age_s: float, worker_id: str = "prefill-0") -> None:
-        writer = {"worker_id": worker_id, "incarnation": incarnation, "process": "a/b:1:2", "age_s": age_s}
+    async def report(
+        self, incarnation: str, age_s: float, worker_id: str = "prefill-0", process: str = "a/b:1:2"
+    ) -> None:
+        writer = {"worker_id": worker_id, "incarnation": incarnation, "process": process, "age_s": age_s}
         self.fencing.look({"silent_writers": [writer]})
         await asyncio.gather(*self.tasks)
 
@@ -232,6 +234,15 @@ async def test_who_has_left_gets_none():
         await controller.report("an earlier life", 1.0, worker_id)
     assert not controller.condemned and controller.fencing.num_killed == 0
     assert controller.ended == [("prefill-0", "an earlier life")] * 2 + [("prefill-7", "an earlier life")] * 2
+
+
+async def test_a_process_that_does_not_know_its_host_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    controller = Controller()
+    monkeypatch.setattr(locality, "host", str)
+    for process in ("", locality.process()):
+        await controller.report("an earlier life", 1000.0, process=process)
+        assert not locality.is_gone(process) and not locality.is_here(process)
+    assert not controller.asked and not controller.ended
 
 
 async def test_pages_are_not_free_on_a_guess(monkeypatch: pytest.MonkeyPatch):
