@@ -5,6 +5,7 @@ interval. A decode worker has room if its free pages, less those promised to run
 and a next token, and nothing waits there; those without are used only if all are. All workers whose load is within a
 slack of the lowest count as equal, and rendezvous hashing by the request's key picks among them, so conversations and
 shared prompts return to the worker whose prefix cache knows them, and adding a worker moves only the keys that it wins.
+Of prefill workers those equals are left out whose link to the decode worker is far slower than another's.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ from protos import worker_pb2 as wpb
 from router.config import RouterConfig
 from router.errors import RequestError
 from router.worker_client import WorkerClient
+
+SLOW_LINK = 4  # so many times slower than another; two measurements of one kind of link differ by less
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,8 @@ def _pick_pair(
         raise RequestError(pb.ERROR_REASON_INCOMPATIBLE_WORKERS, _mismatch(prefills[0], decodes[0]))
     decode = _pick_decode(matching, need, config, full)
     peers = [w for w in prefills if _layout(decode) in _given(w)]
-    prefill = _pick(peers, prompt_load, _prompt_slack(need, config), need.key)
+    near = _near(peers, prompt_load, _prompt_slack(need, config))
+    prefill = _keyed(_not_slow(near, decode), need.key)
     return Route(prefill, decode, has_other_decode=len(matching) > 1)
 
 
@@ -126,8 +130,22 @@ def sequence_load(worker: WorkerClient) -> int:
 
 
 def _pick(workers: list[WorkerClient], load: Callable[[WorkerClient], int], slack: int, key: bytes) -> WorkerClient:
+    return _keyed(_near(workers, load, slack), key)
+
+
+def _near(workers: list[WorkerClient], load: Callable[[WorkerClient], int], slack: int) -> list[WorkerClient]:
     lowest = min(load(w) for w in workers)
-    near = [w for w in workers if load(w) <= lowest + slack]
+    return [w for w in workers if load(w) <= lowest + slack]
+
+
+def _not_slow(prefills: list[WorkerClient], decode: WorkerClient) -> list[WorkerClient]:
+    """Without those whose link to `decode` was measured, and another's is several times as fast: on one host with it,
+    say, where they are not. Who has not been measured may be as fast as any."""
+    speeds = [next((one.gb_per_s for one in w.load.links if one.worker_id == decode.worker_id), 0.0) for w in prefills]
+    return [w for w, speed in zip(prefills, speeds, strict=True) if not speed or speed * SLOW_LINK >= max(speeds)]
+
+
+def _keyed(near: list[WorkerClient], key: bytes) -> WorkerClient:
     return near[0] if len(near) == 1 else max(near, key=lambda w: _score(key, w.worker_id))
 
 

@@ -55,6 +55,21 @@ def names(route: Route | None) -> tuple[str | None, str | None]:
 NOBODY: frozenset[str] = frozenset()
 
 
+async def test_a_slow_link_is_taken_only_for_its_workers_load(make: Make) -> None:
+    def links(**gb_per_s: float) -> list[wpb.LinkLoad]:
+        return [wpb.LinkLoad(worker_id=name, gb_per_s=speed) for name, speed in gb_per_s.items()]
+
+    def used(*prefills: WorkerClient) -> set[str | None]:
+        return {names(choose([*prefills, decode], need(str(i)), CONFIG, NOBODY))[0] for i in range(100)}
+
+    decode = make("d0")
+    here, there = make("p0", links=links(d0=300.0, d1=20.0)), make("p1", links=links(d0=20.0, d1=300.0))
+    assert used(here, there) == {"p0"}
+    assert used(here, make("p2", links=links(d0=100.0)), make("p3")) == {"p0", "p2", "p3"}  # alike, or not known yet
+    here.queued_prompt_tokens = 2000
+    assert used(here, there) == {"p1"}
+
+
 async def test_a_key_keeps_its_workers_and_keys_spread(make: Make) -> None:
     workers = [make(name) for name in ("p0", "p1", "p2", "d0", "d1", "d2")]
     routes = {i: names(choose(workers, need(str(i)), CONFIG, NOBODY)) for i in range(300)}
