@@ -1,15 +1,17 @@
 """Where the microseconds of a whole transfer go: every step at sender and receiver, on one clock.
 
-    python -m benchmarks.transfer_trace [--block-size 64] [--programs 132] [--rounds 15] [--device cuda]
+    python -m benchmarks.transfer_trace [--block-size 64] [--programs 32 132] [--stretches 1 4] [--rounds 15]
 
 The same transfers as benchmarks/transfer_cuda.py, with time stamps around the calls that make them; both processes
 read the host's one monotonic clock. Prints every event of the median transfer in microseconds since `open`, and the
-medians of the stretches between. The stamps cost about a microsecond each.
+medians of the stretches between; of further numbers of programs and stretches the medians only. The stamps cost about
+a microsecond each.
 """
 
 import argparse
 import asyncio
 import functools
+import itertools
 import json
 import random
 import statistics
@@ -23,7 +25,7 @@ import torch
 from benchmarks.cuda_peer import SOURCE, Peer, make_memory, serve
 from benchmarks.transfer_whole import STRETCHES, WARM_UP, num_pages, pool_size, push
 from kv_transfer import create
-from kv_transfer.base import BlockMemory
+from kv_transfer.base import BlockMemory, Link
 from kv_transfer.control_link import ControlLink, ControlStream
 from kv_transfer.frames import Kind
 from kv_transfer.receiver import Receiver
@@ -131,19 +133,29 @@ async def traced(args: argparse.Namespace) -> None:
     trace_sender(transport)
     sender = create.create_sender(transport, source, SOURCE)
     link = await sender.connect(peer.address, endpoint)
-    if is_cuda and args.programs:
-        link._pool.num_programs = args.programs  # type: ignore[attr-defined]
-    print(f"{transport}, {link.note or 'control socket'}, {args.programs or 'default'} programs", flush=True)
+    for index, (stretches, programs) in enumerate(itertools.product(args.stretches, args.programs)):
+        if is_cuda and programs:
+            link._pool.num_programs = programs  # type: ignore[attr-defined]
+        way = link.note or "control socket"
+        print(f"{transport}, {way}: {programs or 'default'} programs, pushed as {stretches}", flush=True)
+        report(await measure(args, source, peer, link, stretches), source, args.block_size, is_whole=not index)
+    await sender.close()
+    await peer.stop()
+
+
+async def measure(
+    args: argparse.Namespace, source: BlockMemory, peer: Peer, link: Link, stretches: int
+) -> list[list[Stamp]]:
     found, count = [], num_pages(args.block_size)
     for index in range(args.rounds + WARM_UP):
         mine, theirs = (random.Random(index + seed).sample(range(source.num_blocks), count) for seed in (0, 1000))
-        transfer_id, placement = await peer.grant(theirs, transport)
+        transfer_id, placement = await peer.grant(theirs, link.transport)
         await peer.ask("stamps")
         stamps.clear()
         stamp("open")
         outgoing = link.open(transfer_id, placement=placement)
         stamp("opened")
-        push(outgoing, tuple(mine), source.num_layers, args.stretches)
+        push(outgoing, tuple(mine), source.num_layers, stretches)
         stamp("all pushed")
         manifest = await outgoing.finish()
         stamp("finished")
@@ -151,12 +163,12 @@ async def traced(args: argparse.Namespace) -> None:
         await peer.commit(transfer_id, manifest)
         kept += [(s, name) for s, name in await peer.ask("stamps")]
         found.append(sorted(kept))
-    await sender.close()
-    await peer.stop()
-    report(found[WARM_UP:], count * source.width(0, source.num_layers))
+    return found[WARM_UP:]
 
 
-def report(found: list[list[Stamp]], num_bytes: int) -> None:
+def report(found: list[list[Stamp]], source: BlockMemory, block_size: int, is_whole: bool) -> None:
+    num_bytes = num_pages(block_size) * source.width(0, source.num_layers)
+
     def at(events: list[Stamp], name: str, which: Callable = max) -> float:
         return which(when for when, what in events if what == name)
 
@@ -164,7 +176,7 @@ def report(found: list[list[Stamp]], num_bytes: int) -> None:
         return at(events, "finished") - events[0][0]
 
     middle = sorted(found, key=took)[len(found) // 2]
-    for when, what in middle:
+    for when, what in middle if is_whole else []:
         print(f"{(when - middle[0][0]) * 1e6:9.0f} us  {what}")
     names = [
         ("open -> first launch done", "open", "launched", min),
@@ -193,8 +205,8 @@ def main() -> None:
         return asyncio.run(peer_main(*sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--programs", type=int, default=0, help="of a push; 0: as in service")
-    parser.add_argument("--stretches", type=int, default=STRETCHES, help="pushes of so many layers each; 1: at once")
+    parser.add_argument("--programs", type=int, nargs="+", default=[0], help="of a push; 0: as in service")
+    parser.add_argument("--stretches", type=int, nargs="+", default=[1, STRETCHES], help="pushes a transfer")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: smaller pages, by nixl")
     return asyncio.run(traced(parser.parse_args()))

@@ -174,7 +174,8 @@ class _Pool:
             slot = self._slots.take(len(ranges), self.num_programs)
             pages.fill(rect.block_start, rect.block_ids, self.stream)
             guard = 0
-            if self._guards_at:
+            # What is launched on an idle stream begins at once: our own look, just now, is as good.
+            if self._guards_at and (rect.after is not None or not self.stream.query()):
                 guard = slot.word
                 self._looks.look(self._guards_at + 8 * placement.guard, slot, rect.after)  # type: ignore[arg-type]
             elif rect.after is not None:
@@ -197,8 +198,12 @@ class _Pool:
         """Compiles the kernels now, not within the first prompt's transfer: a push of no tokens."""
         nothing = Placement((0,), 0, 2**31 - 1)
         pages = self.tables(nothing)
+        with torch.cuda.device(self.device):
+            passed = torch.cuda.Event()
+            passed.record()
         for layer in first_of_each_shape(self.memory.tiles):
-            self.push(Rect((0,), 0, layer, layer + 1, None), (0, 0), pages, nothing).wait()
+            for after in (None, passed):  # without and with a look at the guard
+                self.push(Rect((0,), 0, layer, layer + 1, after), (0, 0), pages, nothing).wait()
 
 
 class _Writer:
