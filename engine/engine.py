@@ -59,6 +59,7 @@ class Engine:
             self._runner = runner = Runner(config, say)
         self.layout, self.slab = runner.layout, runner.cache.slab
         self.load_s = runner.load_s
+        self.is_warm = False  # True: nothing is left to make, while idle, for the first prompts of some lengths
         num_blocks = runner.cache.num_blocks
         self.model_info: ModelInfo = _fit(config, runner.model.info, num_blocks * self.layout.block_size)
         self._scheduler = Scheduler(
@@ -252,10 +253,10 @@ class Engine:
             torch.set_num_threads(self.config.num_threads)  # the count belongs to the thread
         if self.slab.is_cuda:
             torch.cuda.set_device(self.slab.device)  # so does the device, and with it where kernels and events go
-        idle, quiet, more = True, False, True
+        idle, quiet = True, False
         while True:
             with self._wake:
-                while idle and not self._inbox and not self._stopping and not (quiet and more):
+                while idle and not self._inbox and not self._stopping and not (quiet and not self.is_warm):
                     quiet = not self._wake.wait(IDLE_BEAT_S)
                     self._beat = time.monotonic()
                 if self._stopping:
@@ -265,8 +266,8 @@ class Engine:
                 command()
             idle = not self._step()
             quiet = quiet and idle
-            if quiet and more:
-                more = self._runner.warm_next()
+            if quiet and not self.is_warm:
+                self.is_warm = not self._runner.warm_next()
             self._beat = time.monotonic()
         for future in self._grants.values():
             future.cancel()

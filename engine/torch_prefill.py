@@ -169,8 +169,8 @@ def plans(
     largest = -(-min(max_tokens + STEP - 1, max_len) // STEP) * STEP  # a square has the rest of a prefix, too
     pieces = sorted({_piece(whole) for whole in range(STEP, max_len, STEP)}, reverse=True)
     squares = [(size, 0) for size in range(STEP, largest + 1, STEP)]
-    rest = [(size, piece) for size in reversed(sizes) for piece in pieces if size + piece < max_len + STEP]
-    for size, piece in squares + rest:
+    behind = [(size, piece) for size in [sizes[-1], *sizes[:-1]] for piece in pieces if size + piece < max_len + STEP]
+    for size, piece in squares + behind:
         for num_kv_heads, dim, window in kinds:
             if not 0 < window < size + piece:
                 yield partial(_plan, size, piece, num_heads, num_kv_heads, dim, cache.dtype, cache.slab.device)
