@@ -13,6 +13,7 @@ from cluster.worker import memory_of
 from engine.request import Event, Failed, Started, Token
 from kv_transfer.base import BlockMemory, Link, Outgoing, Sender
 from kv_transfer.create import create_sender
+from kv_transfer.cuda_slot import Looks, Slots
 from kv_transfer.staging import indices
 
 LANES = 3  # transfers at once, where they go as fast as the wire takes them
@@ -35,7 +36,7 @@ class Prefill:
         self._started: dict[str, float] = {}
         self._ended: dict[str, asyncio.Future[float]] = {}
         self._num_prompts = 0
-        self._streams: dict[int, torch.cuda.Stream] = {}  # by priority
+        self._ways: dict[tuple[int, int], tuple[torch.cuda.Stream, Looks, Slots]] = {}
 
     async def connect(self, peer: Peer, num_lots: int) -> None:
         self.peer, self.loop = peer, asyncio.get_running_loop()
@@ -53,11 +54,13 @@ class Prefill:
     def use(self, num_programs: int, priority: int = -1) -> None:
         """Of the push kernel and of its stream, where it is one that moves the pages; nothing is under way."""
         pool = getattr(self.link, "_pool", None)
-        if pool is not None:
-            pool.num_programs = num_programs
-            if priority not in self._streams:
-                self._streams[priority] = torch.cuda.Stream(self.memory.slab.device, priority=priority)
-            pool.stream = self._streams[priority]
+        if pool is None:
+            return
+        if (num_programs, priority) not in self._ways:
+            stream = torch.cuda.Stream(pool.device, priority=priority)
+            self._ways[num_programs, priority] = stream, Looks(stream), Slots(pool.device)
+        pool.num_programs = num_programs
+        pool.stream, pool._looks, pool._slots = self._ways[num_programs, priority]
 
     async def run(self, num_tokens: int, count: int, has_sink: bool, does_push: bool) -> float:
         """ms a prompt: of `count` at once, from the first one's start to the last one's first token. A sink that does
