@@ -25,22 +25,23 @@ class _Handle(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL("libcuda.so.1")
-    _check(library, "cuInit", 0)
-    return library
+def library() -> ctypes.CDLL:
+    """The driver, initialised."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    _check(driver, "cuInit", 0)
+    return driver
 
 
-def _check(library: ctypes.CDLL, name: str, *args) -> None:
-    status = getattr(library, name)(*args)
+def _check(driver: ctypes.CDLL, name: str, *args) -> None:
+    status = getattr(driver, name)(*args)
     if status:
         text = ctypes.c_char_p()
-        library.cuGetErrorString(status, ctypes.byref(text))
+        driver.cuGetErrorString(status, ctypes.byref(text))
         raise DriverError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")
 
 
 def _call(name: str, *args) -> None:
-    _check(_library(), name, *args)
+    _check(library(), name, *args)
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def open_memory(handle: bytes, device: int) -> int:
     """Maps another process's allocation for kernels of `device`; where it begins. Raises DriverError."""
     address, given = ctypes.c_uint64(), _Handle()
     ctypes.memmove(ctypes.addressof(given), handle, HANDLE_BYTES)
-    open_handle = _library().cuIpcOpenMemHandle_v2
+    open_handle = library().cuIpcOpenMemHandle_v2
     open_handle.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
     with _context(device):
         _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), given, _LAZY_PEER_ACCESS)
@@ -91,7 +92,7 @@ def copy_to_device(target: int, source: int, num_bytes: int, stream: torch.cuda.
 
 @functools.cache
 def _copier() -> Callable[[int, int, int, int], int]:
-    copy = _library().cuMemcpyHtoDAsync_v2
+    copy = library().cuMemcpyHtoDAsync_v2
     copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     return copy
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kv_transfer import cuda_driver, locality, round_kernel
+from kv_transfer import cuda_copy, cuda_driver, locality, round_kernel
 from kv_transfer.base import Endpoint, Placement, ReadyEvent, TransferBroken, TransferRefused
 from kv_transfer.control import is_name
 from kv_transfer.cuda_pages import PageTables, first_of_each_shape, warm_up
@@ -148,7 +148,12 @@ class _Pool:
         self.life = locality.Life(handle.process)
         self._slots, self._looks = Slots(self.device), Looks(self.stream)
         self._guards_at = _register(self.guards)
+        self._beside: torch.cuda.Stream | None = None  # for digests of what the copy engine moves, if it does
         self._warm_up()
+        is_alike = handle.block_size == memory.block_size and not isinstance(memory, RoundedMemory)
+        if is_alike and cuda_copy.works(self.address, self.device):
+            warm_up(memory)
+            self._beside = side_stream(self.device, "push digest")
 
     def holds(self, placement: Placement) -> bool:
         return max(placement.page_ids, default=0) < self.handle.num_blocks and 0 <= placement.guard < NUM_SLOTS
@@ -174,6 +179,9 @@ class _Pool:
             slot = self._slots.take(len(ranges), self.num_programs)
             pages.fill(rect.block_start, rect.block_ids, self.stream)
             guard = 0
+            if self._is_copied(rect):
+                self._copy(source, target, rect, tokens, placement, slot)
+                return _Write(None, slot, len(ranges), self._slots, pages)
             # What is launched on an idle stream begins at once: our own look, just now, is as good.
             if self._guards_at and (rect.after is not None or not self.stream.query()):
                 guard = slot.word
@@ -186,6 +194,29 @@ class _Pool:
                 at += slot.row_bytes
             slot.done.record(self.stream)
         return _Write(rect.after, slot, len(ranges), self._slots, pages)
+
+    def _is_copied(self, rect: Rect) -> bool:
+        run = self.memory.width(rect.layer_start, rect.layer_stop)
+        is_final = rect.after is None or rect.after.query()
+        return self._beside is not None and run >= cuda_copy.MIN_RUN_BYTES and is_final
+
+    def _copy(
+        self, source: Side, target: Side, rect: Rect, tokens: tuple[int, int], placement: Placement, slot: Slot
+    ) -> None:
+        """By the copy engine, while the kernel digests on a stream beside."""
+        assert self._beside is not None
+        self._beside.wait_stream(self.stream)  # for the page table
+        with torch.cuda.stream(self._beside):
+            at = slot.address
+            for tiles in self._ranges(rect.layer_start, rect.layer_stop):
+                self._launch(source, None, tokens, tiles, at, self.num_programs)
+                at += slot.row_bytes
+        offsets = self.memory.layer_offsets
+        theirs = placement.page_ids[rect.block_start : rect.block_start + len(rect.block_ids)]
+        run = offsets[rect.layer_start], offsets[rect.layer_stop]
+        cuda_copy.copy_blocks(source, target, rect.block_ids, theirs, run, self.stream)
+        self.stream.wait_stream(self._beside)
+        slot.done.record(self.stream)
 
     def close(self) -> None:
         self.stream.synchronize()

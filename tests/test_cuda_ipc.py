@@ -1,6 +1,7 @@
 """The real thing: pages of one process's GPU pool pushed into another process's. One GPU is enough, two are used."""
 
 import asyncio
+import ctypes
 import hashlib
 import sys
 import time
@@ -44,6 +45,23 @@ def test_a_pool_on_the_cpu_has_no_cuda_ipc():
 
     memory = make_memory("cpu", 16, 2, 1, 1, 16)
     assert _missing("cuda_ipc", memory, None) == "the pool is not in GPU memory"
+
+
+def test_runs_of_blocks_by_the_copy_engine(monkeypatch: pytest.MonkeyPatch):
+    from kv_transfer import cuda_copy
+    from kv_transfer.push_kernel import Side
+
+    def copy(targets, sources, num_bytes: int, stream) -> None:
+        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+            ctypes.memmove(target, source, num_bytes)
+
+    monkeypatch.setattr(cuda_copy, "_copy", copy)
+    source, target = make_memory("cpu", 16, 6, 4, 2, 16, seed=1), make_memory("cpu", 16, 8, 4, 2, 16)
+    sides = (Side(m.slab.data_ptr(), m.slab.shape[1], 16, 0, 0) for m in (source, target))
+    run = source.layer_offsets[1], source.layer_offsets[3]
+    cuda_copy.copy_blocks(*sides, [4, 0, 5], [1, 7, 2], run, None)  # type: ignore[arg-type]
+    assert torch.equal(target.slab[[1, 7, 2], slice(*run)], source.slab[[4, 0, 5], slice(*run)])
+    assert target.slab.count_nonzero() == source.slab[[4, 0, 5], slice(*run)].count_nonzero()
 
 
 @asynccontextmanager
@@ -114,6 +132,26 @@ class TestOnGpu:
             wanted = make_memory("cpu", block_size, *SHAPE[1:], kept[1])
             wanted.write_anew(theirs, 0, 64, 0, LAYERS, source.read(mine, 0, LAYERS))
             assert await peer.ask("pages", block_ids=theirs) == hashes(wanted, theirs)
+
+    async def test_long_runs_go_by_the_copy_engine(self, monkeypatch: pytest.MonkeyPatch):
+        from kv_transfer import cuda_copy
+
+        monkeypatch.setattr(cuda_copy, "MIN_RUN_BYTES", 1)
+        copies, copy = [], cuda_copy.copy_blocks
+        monkeypatch.setattr(cuda_copy, "copy_blocks", lambda *args: (copies.append(args[4]), copy(*args)))
+        async with pushing() as (source, peer, link):
+            if link._pool._beside is None:  # type: ignore[attr-defined]
+                pytest.skip("the driver has no batches of copies")
+            mine, theirs = torch.randperm(64)[:24].tolist(), torch.randperm(64)[:24].tolist()
+            transfer_id, placement = await peer.grant(theirs, "cuda_ipc")
+            outgoing = link.open(transfer_id, placement=placement)
+            outgoing.push(mine[:10], 0, 0, LAYERS)
+            outgoing.push(mine[10:], 10, 0, 3)
+            outgoing.push(mine[10:], 10, 3, LAYERS)
+            await peer.commit(transfer_id, await outgoing.finish())
+            assert await peer.ask("pages", block_ids=theirs) == hashes(source, mine)
+            offsets = source.layer_offsets
+            assert copies == [(0, offsets[LAYERS]), (0, offsets[3]), (offsets[3], offsets[LAYERS])]
 
     async def test_a_bit_that_changed_where_it_landed_is_seen(self):
         async with pushing() as (_, peer, link):
