@@ -41,6 +41,8 @@ def _links(status: dict[str, Any]) -> list[Text]:
     lines = []
     for pool in status["pools"].values():
         for worker in pool["workers"]:
+            if corrupt := worker["report"].get("transfers_corrupt"):
+                lines.append(Text(f"{worker['id']}: {corrupt} transfers were corrupt", "yellow"))
             blocks = worker["report"].get("quarantined_blocks")
             lines += [
                 Text(f"{worker['id']}: {blocks} blocks wait for {waits}", "yellow") for waits in silent_writers(worker)

@@ -75,6 +75,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             kv_returns_dropped=self._returns.num_dropped,
             prompt_tokens_returned=stats.prompt_tokens_returned,
             quarantined_blocks=stats.quarantined_blocks,
+            transfers_corrupt=self._receiver.num_corrupt,
             tickets_quarantined=self._receiver.quarantine.num_held,
             links=[
                 worker_pb2.LinkLoad(

@@ -23,6 +23,7 @@ from kv_transfer.base import (
     Manifest,
     Placement,
     TransferBroken,
+    TransferCorrupt,
     TransferError,
     TransferRefused,
 )
@@ -62,6 +63,7 @@ class Receiver:
         self.quarantine = Quarantine(guards, clock)
         self._guards = guards
         self._bytes_received = 0
+        self.num_corrupt = 0  # transfers in which what arrived was not what was sent
 
     @property
     def num_active(self) -> int:
@@ -346,6 +348,8 @@ class Receiver:
             return True
 
     def _fail(self, ticket: Ticket, error: TransferError) -> None:
+        with self._lock:
+            self.num_corrupt += isinstance(error, TransferCorrupt)
         ticket.state = State.FAILED
         ticket.error = error
         if self._guards is not None and ticket.placement is not None:

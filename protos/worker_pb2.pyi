@@ -87,7 +87,7 @@ class WatchLoadRequest(_message.Message):
     def __init__(self, interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("state", "num_running", "num_waiting", "num_waiting_tokens", "total_blocks", "free_blocks", "reserved_blocks", "pinned_blocks", "transfers_in_flight", "steps", "prompt_tokens_computed", "prompt_tokens_cached", "tokens_generated", "preemptions", "kv_bytes_sent", "kv_bytes_received", "num_runs", "kv_returned_bytes", "kv_returned_blocks", "kv_returns_refused", "kv_returns_dropped", "prompt_tokens_returned", "quarantined_blocks", "links", "tickets_quarantined")
+    __slots__ = ("state", "num_running", "num_waiting", "num_waiting_tokens", "total_blocks", "free_blocks", "reserved_blocks", "pinned_blocks", "transfers_in_flight", "steps", "prompt_tokens_computed", "prompt_tokens_cached", "tokens_generated", "preemptions", "kv_bytes_sent", "kv_bytes_received", "num_runs", "kv_returned_bytes", "kv_returned_blocks", "kv_returns_refused", "kv_returns_dropped", "prompt_tokens_returned", "quarantined_blocks", "links", "tickets_quarantined", "transfers_corrupt")
     STATE_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,7 @@ class WorkerLoad(_message.Message):
     QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     TICKETS_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_CORRUPT_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     num_running: int
     num_waiting: int
@@ -138,7 +139,8 @@ class WorkerLoad(_message.Message):
     quarantined_blocks: int
     links: _containers.RepeatedCompositeFieldContainer[LinkLoad]
     tickets_quarantined: int
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., transfers_in_flight: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., num_runs: _Optional[int] = ..., kv_returned_bytes: _Optional[int] = ..., kv_returned_blocks: _Optional[int] = ..., kv_returns_refused: _Optional[int] = ..., kv_returns_dropped: _Optional[int] = ..., prompt_tokens_returned: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkLoad, _Mapping]]] = ..., tickets_quarantined: _Optional[int] = ...) -> None: ...
+    transfers_corrupt: int
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., transfers_in_flight: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., num_runs: _Optional[int] = ..., kv_returned_bytes: _Optional[int] = ..., kv_returned_blocks: _Optional[int] = ..., kv_returns_refused: _Optional[int] = ..., kv_returns_dropped: _Optional[int] = ..., prompt_tokens_returned: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkLoad, _Mapping]]] = ..., tickets_quarantined: _Optional[int] = ..., transfers_corrupt: _Optional[int] = ...) -> None: ...
 
 class LinkLoad(_message.Message):
     __slots__ = ("worker_id", "transport", "why", "gb_per_s")

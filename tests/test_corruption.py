@@ -34,4 +34,5 @@ async def test_a_flipped_bit_costs_a_retry_and_nothing_else(smollm2, transport: 
         answers = await asyncio.gather(*(s.generate(one) for one in asked))
         assert [answer.token_ids for answer in answers] == expected
         assert num_flips == 1 and sum(answer.timings.retries for answer in answers) == 1
+        assert s.worker("decode").status()["transfers_corrupt"] == 1 and not s.worker("prefill")._receiver.num_corrupt
         await s.settle()

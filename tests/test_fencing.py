@@ -13,6 +13,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from cluster import doctor, show
 from cluster.fencing import Fencing
 from decode_worker import fencing, kv_service
 from kv_transfer import locality, nixl
@@ -255,3 +256,21 @@ async def test_pages_are_not_free_on_a_guess(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.fencing.HOST_LOST_S", 0.0)
     await controller.report("an earlier life", 100.0)
     assert controller.ended and len(controller.asked) == 3
+
+
+def test_status_and_doctor_name_who_is_waited_for():
+    writer = {"worker_id": "prefill-1", "incarnation": "0123456789abcdef", "process": "a/b:1:2", "age_s": 12.3}
+    report = {"silent_writers": [writer], "quarantined_blocks": 7, "transfers_corrupt": 2}
+    worker = {"id": "decode-0", "report": report, "detail": "", "last_error": "", "state": "ready"}
+    status: dict[str, Any] = {
+        "pools": {"decode": {"role": "decode", "target": 1, "ready": 1, "workers": [worker]}},
+        "controller": {"writers_killed": 3},
+    }
+    assert [line.plain for line in show._links(status)] == [
+        "decode-0: 2 transfers were corrupt",
+        "decode-0: 7 blocks wait for prefill-1 (01234567), silent for 12 s",
+    ]
+    found = doctor._writers(status)
+    assert not found.ok and found.said == "decode-0 waits for prefill-1 (01234567), silent for 12 s"
+    report["silent_writers"] = []
+    assert doctor._writers(status) == doctor.Finding("writes are fenced", True, "3 workers were killed for theirs")

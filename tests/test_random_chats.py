@@ -7,10 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import grpc
+import pytest
 
 from cluster.worker import Worker
 from protos import inference_pb2 as pb
 from tests.service import Service, request, service
+from tests.transfer import needs_nixl
 
 NUM_CHATS = 80
 CONCURRENCY = 16
@@ -97,11 +99,12 @@ async def all_at_once(calls: list) -> list:
 
 
 async def through_small_pools(
-    tiny, chats: list[list[Turn]], decode_blocks: int, kills: bool
+    tiny, transport: str, chats: list[list[Turn]], decode_blocks: int, kills: bool
 ) -> tuple[int, dict[str, int]]:
     """Turns lost with their workers, and the workers' counters."""
     decode = {"num_blocks": decode_blocks}
-    async with service(tiny, prefill=2, decode=2, engine=SMALL, decode_engine=decode, kv_return=True) as s:
+    small = service(tiny, 2, 2, transport=transport, engine=SMALL, decode_engine=decode, kv_return=True)
+    async with small as s:
         totals: Counter[str] = Counter()
 
         async def kill_some() -> None:
@@ -126,13 +129,14 @@ def counters(worker: Worker) -> dict[str, int]:
     return {name: value for name, value in worker.status().items() if name in COUNTERS}
 
 
-async def test_many_chats(tiny):
+@pytest.mark.parametrize("transport", ["grpc", pytest.param("nixl", marks=needs_nixl)])
+async def test_many_chats(tiny, transport: str):
     async with service(tiny, engine=BIG) as undisturbed:
         chats = await all_at_once([recorded(undisturbed, number) for number in range(NUM_CHATS)])
-    lost, totals = await through_small_pools(tiny, chats, 80, kills=False)
+    lost, totals = await through_small_pools(tiny, transport, chats, 80, kills=False)
     assert lost == 0
     assert totals["kv_returned_blocks"] and totals["prompt_tokens_returned"] and totals["kv_returns_refused"], totals
     # So few blocks that runs are preempted leave none to lend: most returns are dropped.
-    lost, totals = await through_small_pools(tiny, chats, 16, kills=True)
+    lost, totals = await through_small_pools(tiny, transport, chats, 16, kills=True)
     assert lost <= CONCURRENCY, "a run that lost its worker is tried again"
     assert totals["preemptions"] and totals["kv_returned_blocks"] and totals["kv_returns_dropped"], totals
