@@ -14,8 +14,8 @@ from kv_transfer.memory import BlockMemory, Pages
 from kv_transfer.push_kernel import Side, launch
 from kv_transfer.staging import indices, side_stream
 
-# Half of an H100's multiprocessors read 2.5 TB/s: a tenth of a millisecond for 268 MB, and what is left of it when the last
-# bytes have landed is waited for. All of them would read 4 TB/s, and the decode steps beside them would wait.
+# Half of an H100's multiprocessors read 2.5 TB/s: a tenth of a millisecond for 268 MB, and what is left of it when the
+# last bytes have landed is waited for. All of them would read 4 TB/s, and the decode steps beside them would wait.
 DIGEST_PROGRAMS = 64
 
 
