@@ -27,7 +27,9 @@ BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 4  # SmolLM2: layers, K and V, heads, token
 
 
 @contextmanager
-def deployed(transport: str = "grpc", kv_return: bool = False, **pools: dict[str, Any]) -> Iterator[Deployment]:
+def deployed(
+    transport: str = "grpc", kv_return: bool = False, fence_timeout_s: float = 30.0, **pools: dict[str, Any]
+) -> Iterator[Deployment]:
     """One prefill worker on one node, one decode worker on the other; afterwards no process of it is left."""
     small = {"num_blocks": 200, "max_num_batched_tokens": 64, "num_threads": 1}
     config = DeploymentConfig.model_validate(
@@ -35,6 +37,7 @@ def deployed(transport: str = "grpc", kv_return: bool = False, **pools: dict[str
             "name": "test",
             "transport": transport,
             "kv_return": kv_return,
+            "fence_timeout_s": fence_timeout_s,
             "router": {"port": 0, "retry_wait_s": 60},
             "pools": {
                 name: {**small, "label_selector": {"pool": name}, **pools.get(name, {})}
@@ -178,6 +181,26 @@ async def test_prefill_worker_killed_mid_transfer(two_nodes):
             reasons = {"PREFILL_WORKER_LOST", "KV_TRANSFER_FAILED", "NO_HEALTHY_WORKER"}
             await right_or_unavailable(asking, unharmed.token_ids[0], reasons)
             await back_and_serving(deployment, stub, "prefill-0", there["prefill-0"]["incarnation"])
+
+
+@needs_nixl
+async def test_prefill_worker_that_stops_in_the_middle_of_its_writes(two_nodes):
+    """It hangs and holds the other's pages: the controller has it ended, and both are as they were."""
+    prompt = load()[18]["prompt"] * 4
+    asked = request(prompt, 16, ignore_eos=True, cache=pb.CacheOptions(bypass_prefix_cache=True))
+    with deployed("nixl", fence_timeout_s=1.0) as deployment:
+        there = workers(deployment.status())
+        async with client(deployment) as stub:
+            async with watching(there["decode-0"]["address"]) as bytes_received:
+                call = stub.GenerateStream(asked, timeout=120.0)
+                while not await bytes_received():
+                    await asyncio.sleep(0.01)
+            os.kill(there["prefill-0"]["pid"], signal.SIGSTOP)
+            call.cancel()
+            status = await until(deployment, lambda s: s["controller"]["writers_killed"])
+            assert workers(status)["decode-0"]["report"]["tickets_quarantined"] == 1
+            await back_and_serving(deployment, stub, "prefill-0", there["prefill-0"]["incarnation"])
+        assert not psutil.pid_exists(there["prefill-0"]["pid"])
 
 
 async def test_decode_worker_killed_mid_stream(two_nodes):

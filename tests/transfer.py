@@ -31,7 +31,7 @@ from tests.one_sided import CpuSender, CpuWriter
 SOURCE = ("prefill-0", "incarnation-a")
 # Uneven layers, and padding behind the last: nothing may assume that they are alike.
 LAYER_OFFSETS = (0, 1024, 2048, 4096, 4608, 8192)
-BLOCK_BYTES = 8208
+BLOCK_BYTES = 8200
 NUM_LAYERS = len(LAYER_OFFSETS) - 1
 PLACED = ("placed", "placed over grpc")  # a writer on the CPU: told over the control socket, or a Push stream
 ONE_SIDED = choose.ONE_SIDED | {*PLACED}
@@ -52,10 +52,10 @@ def make_memory(
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed), out=slab)
     if device == "cpu":
         return BlockMemory(slab, tuple(offsets))
-    # What moves by a kernel has rows: as long ones as any layer of 16 tokens takes, at most of 256 bytes.
+    # What moves by a kernel is rows of words, as long ones as a layer's 16 tokens have, and nothing behind the layers.
     widths = [(stop - start) // 16 for start, stop in pairwise(offsets)]
     tiles = tuple((Tiles(width // (row := math.gcd(width, 256)), row),) for width in widths)
-    return BlockMemory(slab.to(device), tuple(offsets), 16, tiles)
+    return BlockMemory(slab[:, : offsets[-1]].contiguous().to(device), tuple(offsets), 16, tiles)
 
 
 def memories(transport: str, num_blocks: int = 32, offsets: Sequence[int] = LAYER_OFFSETS) -> list[BlockMemory]:
