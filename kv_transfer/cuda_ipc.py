@@ -179,8 +179,7 @@ class _Pool:
             slot = self._slots.take(len(ranges), self.num_programs)
             pages.fill(rect.block_start, rect.block_ids, self.stream)
             guard = 0
-            if self._is_copied(rect):
-                self._copy(source, target, rect, tokens, placement, slot)
+            if self._is_copied(rect) and self._copy(source, target, rect, tokens, placement, slot):
                 return _Write(None, slot, len(ranges), self._slots, pages)
             # What is launched on an idle stream begins at once: our own look, just now, is as good.
             if self._guards_at and (rect.after is not None or not self.stream.query()):
@@ -202,11 +201,12 @@ class _Pool:
 
     def _copy(
         self, source: Side, target: Side, rect: Rect, tokens: tuple[int, int], placement: Placement, slot: Slot
-    ) -> None:
-        """By the copy engine, while the kernel digests on a stream beside."""
-        assert self._beside is not None
-        self._beside.wait_stream(self.stream)  # for the page table
-        with torch.cuda.stream(self._beside):
+    ) -> bool:
+        """By the copy engine, while the kernel digests on a stream beside. False: it cannot, now or later."""
+        beside = self._beside
+        assert beside is not None
+        beside.wait_stream(self.stream)  # for the page table
+        with torch.cuda.stream(beside):
             at = slot.address
             for tiles in self._ranges(rect.layer_start, rect.layer_stop):
                 self._launch(source, None, tokens, tiles, at, self.num_programs)
@@ -214,9 +214,14 @@ class _Pool:
         offsets = self.memory.layer_offsets
         theirs = placement.page_ids[rect.block_start : rect.block_start + len(rect.block_ids)]
         run = offsets[rect.layer_start], offsets[rect.layer_stop]
-        cuda_copy.copy_blocks(source, target, rect.block_ids, theirs, run, self.stream)
-        self.stream.wait_stream(self._beside)
+        try:
+            cuda_copy.copy_blocks(source, target, rect.block_ids, theirs, run, self.stream)
+        except cuda_driver.DriverError as error:
+            _log.warning("the copy engine is left out from now on: %s", error)
+            self._beside = None
+        self.stream.wait_stream(beside)
         slot.done.record(self.stream)
+        return self._beside is not None
 
     def close(self) -> None:
         self.stream.synchronize()

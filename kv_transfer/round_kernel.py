@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kv_transfer.push_kernel import CHUNK_WORDS, Side, digest, place, unit_tokens
+from kv_transfer import triton_launch
+from kv_transfer.push_kernel import CHUNK_WORDS, NUM_WARPS, Side, digest, place, unit_tokens
 from kv_transfer.relayout import TileRange
 
 # A program's tile is smaller, and it has fewer of them at a time: between load and store there is work in registers.
@@ -46,7 +47,7 @@ def launch(
     ]
     addresses = [source.address, target.address, rows.row_bytes, dim]
     aligned = math.gcd(16, *addresses, *(number for place in places[:2] for number in place))
-    round_kernel[(num_programs,)](
+    numbers = (
         source.address,
         target.address,
         source.pages,
@@ -66,6 +67,8 @@ def launch(
         values.first_tile,
         scales.first_tile,
         values.part_step,
+    )
+    constants = dict(
         SOURCE_SIZE=source.block_size,
         TARGET_SIZE=target.block_size,
         DTYPE=DTYPES[dtype],
@@ -78,8 +81,8 @@ def launch(
         ALIGNED=aligned,
         GUARDED=bool(guard),
         NUM_STAGES=STAGES,
-        num_warps=8,
     )
+    triton_launch.run(round_kernel, num_programs, numbers, constants, NUM_WARPS)
 
 
 # All 27 numbers, or a variant for each that is 1 or a multiple of 16 would be compiled in the middle of a transfer.
