@@ -9,7 +9,7 @@ The engine thread calls `wanted` and `ready` (the KVSink hooks); everything else
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -46,8 +46,10 @@ class Handoff:
         run: tuple[str, int],
         target: kv.WorkerRef,
         reserve_timeout_s: float | None,
+        on_failed: Callable[[HandoffFailed], None],
     ):
-        """`reserve_timeout_s` bounds the wait for pages, None: as long as the run lasts."""
+        """`reserve_timeout_s` bounds the wait for pages, None: as long as the run lasts. `on_failed` hears, on the loop
+        and at most once, of what goes wrong before `commit`."""
         self._engine = engine
         self._peers = peers
         self._request = request
@@ -61,8 +63,10 @@ class Handoff:
         self._outgoing: Outgoing | None = None
         self._committed = False
         self._closed = False
-        self.failed: asyncio.Future[None] = self._loop.create_future()  # never a result, only HandoffFailed
+        self._on_failed = on_failed
+        self._failed = False
         self.cached_tokens = 0
+        self._token_hash = b""
 
     # KVSink, on the engine thread
 
@@ -100,11 +104,9 @@ class Handoff:
     async def commit(self, first_tokens: Sequence[kv.AdoptedToken]) -> None:
         """Returns once the decode worker has verified and adopted. Raises HandoffFailed."""
         assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"
-        token_ids = self._request.token_ids
+        num_tokens = len(self._request.token_ids)
         try:
-            await self._peer.commit(
-                self._transfer_id, self._outgoing, len(token_ids), token_hash(token_ids), first_tokens
-            )
+            await self._peer.commit(self._transfer_id, self._outgoing, num_tokens, self._token_hash, first_tokens)
         except TransferError as error:
             raise _failed(error, self._target) from error
         except PeerUnavailable as error:
@@ -122,8 +124,6 @@ class Handoff:
     async def close(self) -> None:
         """Gives up what is held at the receiver unless committed; afterwards no page here is read any more."""
         self._closed = True
-        if not self.failed.cancel() and not self.failed.cancelled():
-            self.failed.exception()  # the caller has heard, or no longer listens
         if self._reserving is not None and not self._reserving.done():
             self._reserving.cancel()
             await asyncio.gather(self._reserving, return_exceptions=True)
@@ -179,6 +179,7 @@ class Handoff:
         peer.hold(answer.transfer_id, answer.lease_ms / 1000, self._peers.source, self._lease_lost)
         self._outgoing = peer.open(answer.transfer_id, placement_from_pb(answer))
         self._engine.grant(self._request.id, answer.cached_tokens // self._engine.layout.block_size)
+        self._token_hash = token_hash(self._request.token_ids)  # while it is computed, not behind it
 
     def _lease_lost(self) -> None:
         message = f"the lease of the pages at {self._target.worker_id} is over"
@@ -191,8 +192,9 @@ class Handoff:
             self._fail(HandoffFailed(inference_pb2.ERROR_REASON_INTERNAL, f"{type(error).__name__}: {error}", True))
 
     def _fail(self, error: HandoffFailed) -> None:
-        if not self.failed.done():
-            self.failed.set_exception(error)
+        if not self._failed:
+            self._failed = True
+            self._on_failed(error)
 
 
 def _failed(error: TransferError, target: kv.WorkerRef) -> HandoffFailed:

@@ -11,7 +11,7 @@ A run whose sequences all end with their first token gives its pages up instead 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
@@ -51,14 +51,14 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         except ValueError as error:
             yield _failed(inference_pb2.ERROR_REASON_INVALID_PARAMETER, str(error), False)
             return
-        handoff = self._handoff(message, request) if message.HasField("target") else None
+        events: asyncio.Queue[Event | HandoffFailed] = asyncio.Queue()
+        handoff = self._handoff(message, request, events.put_nowait) if message.HasField("target") else None
         try:
             self._engine.submit(request, handoff)
         except ValueError as error:
             yield _failed(inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, str(error), False)
             return
         # Before the loop runs again, so before the first event can be delivered.
-        events: asyncio.Queue[Event] = asyncio.Queue()
         self._dispatcher.add(request.id, events.put_nowait)
         self.num_runs += 1
         self.num_handoffs += handoff is not None
@@ -79,13 +79,13 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     async def _run(
-        self, request: Request, handoff: Handoff | None, events: asyncio.Queue[Event]
+        self, request: Request, handoff: Handoff | None, events: asyncio.Queue[Event | HandoffFailed]
     ) -> AsyncIterator[worker_pb2.PrefillEvent]:
         loop = asyncio.get_running_loop()
         started_at = loop.time()
         tokens: list[Token] = []
         while len(tokens) < request.sampling.num_sequences:
-            match await _next_event(events, handoff):
+            match await events.get():
                 case Started(num_cached_tokens=num_cached, num_returned_tokens=num_returned):
                     started_at = loop.time()
                     started = worker_pb2.PrefillStarted(cached_tokens=num_cached, returned_tokens=num_returned)
@@ -95,6 +95,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 case Failed() as lost:
                     yield _failed(f"ERROR_REASON_{lost.reason}", lost.message, lost.retryable, handoff)
                     return
+                case HandoffFailed() as error:
+                    raise error
         tokens.sort(key=lambda token: token.sequence_index)
         first = worker_pb2.FirstTokens(tokens=[first_token_to_pb(token, request.sampling.seed) for token in tokens])
         first.prefill.FromNanoseconds(int((loop.time() - started_at) * 1e9))
@@ -128,7 +130,9 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             if self.num_runs == 0:
                 self.idle.set()
 
-    def _handoff(self, message: worker_pb2.PrefillRequest, request: Request) -> Handoff:
+    def _handoff(
+        self, message: worker_pb2.PrefillRequest, request: Request, on_failed: Callable[[HandoffFailed], None]
+    ) -> Handoff:
         run = message.request
         return Handoff(
             engine=self._engine,
@@ -137,6 +141,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             run=(run.run_id, run.attempt),
             target=message.target,
             reserve_timeout_s=message.grant_within.ToNanoseconds() / 1e9 if message.HasField("grant_within") else None,
+            on_failed=on_failed,
         )
 
 
@@ -147,20 +152,6 @@ async def _end(handoff: Handoff, tokens: Sequence[Token]) -> None:
     await handoff.commit(
         [kv.AdoptedToken(token_id=token.token_id, finished=token.finish is not None) for token in tokens]
     )
-
-
-async def _next_event(events: asyncio.Queue[Event], handoff: Handoff | None) -> Event:
-    """The engine's next event, or the hand-off's failure if that comes first. Raises HandoffFailed."""
-    if handoff is None:
-        return await events.get()
-    getting = asyncio.ensure_future(events.get())
-    try:
-        await asyncio.wait((getting, handoff.failed), return_when=asyncio.FIRST_COMPLETED)
-        if handoff.failed.done():
-            handoff.failed.result()
-        return getting.result()
-    finally:
-        getting.cancel()
 
 
 def _failed(
