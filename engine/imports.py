@@ -7,10 +7,12 @@ imports what it finds installed for images, sound, object detection and assisted
 
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()
 
 # How transformers finds out about them.
 NOT_FOR_TEXT = (
@@ -42,7 +44,7 @@ def no_collections() -> Iterator[None]:
 
 def import_transformers() -> None:
     """What any text model needs of it: what the first use of AutoModelForCausalLM would import, and less."""
-    with no_collections(), text_only():
+    with _one_at_a_time, no_collections(), text_only():
         for name in ("generation.candidate_generator", "modeling_utils", "processing_utils"):
             try:
                 __import__(f"transformers.{name}")
