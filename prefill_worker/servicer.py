@@ -5,7 +5,7 @@ Life of a request here
 2. Its turn comes near: the engine asks (`wanted`), pages are reserved at the target, the gate opens (`grant`).
 3. The prompt is computed in chunks beside others; each finished layer range is pushed while the next is computed.
 4. The first token of each sequence is sampled and goes to the router at once.
-5. Commit carries the manifest; the target verifies it and adopts.
+5. Meanwhile Commit carries the manifest; the target verifies it and adopts.
 6. The prompt's blocks here are released and stay as prefix cache.
 A run whose sequences all end with their first token gives its pages up instead of step 5.
 """
