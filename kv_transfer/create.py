@@ -80,7 +80,8 @@ class Transports:
         self.endpoints: list[Endpoint] = []
 
     def serve(self, server: grpc.aio.Server, address: str) -> None:
-        """Makes the receiver reachable. Before the server starts."""
+        """Makes the receiver reachable. Before the server starts. A transport that cannot be offered, a kernel of which
+        does not compile, say, is left out with the reason; ValueError when there is no other."""
         control = ""
         if set(self.speaks) & ONE_SIDED:
             try:
@@ -89,7 +90,14 @@ class Transports:
             except OSError as error:
                 _log.warning("no control socket, one-sided transfers are announced over gRPC: %s", error)
         for name in self.speaks:
-            self.endpoints.append(Endpoint(name, _locality(name), _export(name, self._receiver, control)))
+            try:
+                self.endpoints.append(Endpoint(name, _locality(name), _export(name, self._receiver, control)))
+            except Exception as error:
+                _log.exception("transport %s is left out", name)
+                self.missing[name] = f"it cannot be offered: {_first_line(error)}"
+        self.speaks = tuple(name for name in self.speaks if name not in self.missing)
+        if not self.speaks:
+            raise ValueError(f"transport {self._setting!r}: {'; '.join(self.missing.values())}")
         if "local" in self.speaks:
             self._undo.append(serve("local", self._receiver, None, None, address))
         if set(self.speaks) - {"local"}:
@@ -109,6 +117,9 @@ class Transports:
                 link = await self._sender(endpoint.transport, is_rounded).connect(address, endpoint)
             except TransferError as error:
                 left_out.append(f"{endpoint.transport}: {error}")
+            except Exception as error:
+                _log.exception("transport %s to %s is passed over", endpoint.transport, address)
+                left_out.append(f"{endpoint.transport}: {_first_line(error)}")
             else:
                 return Connection(link, "; ".join([*left_out, link.note] if link.note else left_out))
         raise TransferRefused(f"no transport leads to {address}: {'; '.join(left_out)}")
@@ -272,6 +283,11 @@ def _missing(transport: str, memory: BlockMemory, object_store: ObjectStore | No
 
         return nixl.missing()
     return "" if transport in CHUNK_BYTES else "not in this version"
+
+
+def _first_line(error: Exception) -> str:
+    """A compiler's error has many."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _locality(transport: str) -> str:

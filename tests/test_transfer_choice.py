@@ -1,10 +1,14 @@
 """Which transport a pair of workers takes, and why."""
 
+import grpc.aio
 import pytest
 
-from kv_transfer import locality
-from kv_transfer.base import Endpoint
+from kv_transfer import create, locality
+from kv_transfer.base import Endpoint, TransferRefused
 from kv_transfer.choose import candidates
+from kv_transfer.create import Transports
+from kv_transfer.receiver import Receiver
+from tests.transfer import make_memory
 
 HERE = {"local": "process", "cuda_ipc": "host", "grpc": ""}
 MISSING = {"nixl": "not installed"}
@@ -45,3 +49,47 @@ def test_a_process_knows_itself_and_its_dead():
     assert locality.is_gone(f"{scope}:{pid}:{int(started) - 1}")  # an older process had this pid
     assert not locality.is_gone(f"another boot/pid:[1]:{pid}:{started}")  # cannot be told from here
     assert not locality.is_gone("")
+
+
+def transports_of(setting: str) -> Transports:
+    return Transports(setting, Receiver(make_memory(2), 1 << 20), ("worker", "1"))
+
+
+async def test_a_transport_that_cannot_be_offered_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    def export(transport: str, *_: object) -> bytes:
+        if transport == "local":
+            raise RuntimeError("PassManager::run failed\nand so on")
+        return b""
+
+    monkeypatch.setattr(create, "_export", export)
+    transports = transports_of("auto")
+    transports.serve(grpc.aio.server(), "127.0.0.1:1")
+    assert [endpoint.transport for endpoint in transports.endpoints] == ["grpc"] == list(transports.speaks)
+    assert transports.missing["local"] == "it cannot be offered: RuntimeError: PassManager::run failed"
+    await transports.close()
+    with pytest.raises(ValueError, match="transport 'local': it cannot be offered"):
+        transports_of("local").serve(grpc.aio.server(), "127.0.0.1:1")
+
+
+async def test_a_transport_that_fails_at_the_handshake_is_passed_over(monkeypatch: pytest.MonkeyPatch):
+    class Broken:
+        async def connect(self, address: str, endpoint: Endpoint) -> None:
+            raise RuntimeError("CUDA driver error: out of memory")
+
+        async def close(self) -> None:
+            pass
+
+    own = create.create_sender
+    monkeypatch.setattr(
+        create,
+        "create_sender",
+        lambda name, *args, **options: Broken() if name == "local" else own(name, *args, **options),
+    )
+    transports = transports_of("auto")
+    offered = [Endpoint("local", locality.process()), Endpoint("grpc")]
+    connection = await transports.connect("127.0.0.1:1", offered, 0)
+    assert connection.link.transport == "grpc"
+    assert "local: RuntimeError: CUDA driver error: out of memory" in connection.why
+    with pytest.raises(TransferRefused, match=r"no transport leads to .* local: RuntimeError: CUDA"):
+        await transports.connect("127.0.0.1:1", offered[:1], 0)
+    await transports.close()
