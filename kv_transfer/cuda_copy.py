@@ -2,8 +2,8 @@
 
 It reaches 0.98 of a contiguous peer copy for whole pages of 8 MiB, where stores of a kernel end at 0.93, and takes no
 multiprocessor; below 4 MiB a run the kernel is as good (docs/performance.md). A copy cannot look at a guard: the host
-looks just before it asks for the copy, and only for pages that are final by then, so that what begins later than that
-is the driver's queue. What has begun is waited for by the quarantine, as ever.
+looks when it asks for the copy, of pages that are final by then. What the driver has in its queue may begin after a
+release; the quarantine waits for it as for all that has begun.
 """
 
 import ctypes
