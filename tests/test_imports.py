@@ -59,3 +59,6 @@ def test_no_collections() -> None:
         assert num() == before and not gc.isenabled()
         raise KeyError
     assert gc.isenabled()
+    with no_collections():
+        kept = [[i] for i in range(20_000)]
+    assert len(gc.get_objects(generation=0)) < len(kept), "the next collection would walk them"
