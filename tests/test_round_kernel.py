@@ -81,6 +81,23 @@ def test_the_same_from_the_host():
     assert torch.equal(target.slab[THEIRS].cpu().view(-1), torch.from_numpy(read))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_number_of_16_bits(dtype: str):
+    """Beside others that set the scale, and in rows of their like."""
+    memory = pool(dtype, None, 16, MINE, 0)
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(getattr(torch, dtype))
+    numbers = torch.where(numbers.isfinite(), numbers, 1)
+    pages = memory.slab.view(numbers.dtype)
+    step = len(MINE) * pages.shape[1]
+    for start in range(0, 2**16, step):
+        for order in (torch.arange(step), torch.randperm(step)):
+            pages[MINE] = numbers[(start + order) % 2**16].view(len(MINE), -1).to(DEVICE)
+            source, target = RoundedMemory.of(memory), pool(dtype, FP8, 16, THEIRS, 0)
+            push(source, target, (0, 96), (0, 3))
+            (wanted,) = source.read(MINE, 0, 3)
+            assert torch.equal(target.slab[THEIRS].cpu().view(-1), torch.from_numpy(wanted))
+
+
 def test_damage_of_any_byte_is_seen():
     source = RoundedMemory.of(pool("float32", None, 16, MINE, 32))
     target = pool("float32", FP8, 16, THEIRS, 0)
