@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from engine.triton_fp8 import power
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from engine.triton_softmax import LOG2E, weigh, with_sink
 
 
 @triton.jit(do_not_specialize=["num_rows", "min_share"])
@@ -120,9 +119,7 @@ def decode_kernel(
             if HAS_CAP:
                 scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
             scores = tl.where(seen[None, :], scores * LOG2E, -1e30)
-            highest = tl.maximum(maximum, tl.max(scores, 1))
-            weights = tl.where(seen[None, :], tl.exp2(scores - highest[:, None]), 0.0)
-            shrink = tl.exp2(maximum - highest)
+            weights, shrink, maximum = weigh(scores, seen[None, :], maximum, True)
             # masked, for what an unused slot holds may be NaN
             v = tl.load(
                 value_base + values[:, None] + dv[None, :], mask=seen[:, None] & (dv[None, :] < VALUE_DIM), other=0.0
@@ -133,7 +130,6 @@ def decode_kernel(
             acc = acc * shrink[:, None]
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
             total_sum = total_sum * shrink + tl.sum(weights, 1)
-            maximum = highest
 
         is_whole = (tile == row_first) & (part_stop == row_stop)
         is_last = is_whole
@@ -168,10 +164,7 @@ def decode_kernel(
         if is_last:
             if HAS_SINKS:
                 sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=0.0).to(tl.float32) * LOG2E
-                highest = tl.maximum(maximum, sink)
-                shrink = tl.exp2(maximum - highest)
-                total_sum = total_sum * shrink + tl.exp2(sink - highest)
-                acc = acc * shrink[:, None]
+                acc, total_sum = with_sink(sink, acc, total_sum, maximum)
             result = acc / total_sum[:, None]
             at = (row.to(tl.int64) * num_kv_heads + head) * GROUP + g[:, None]
             tl.store(

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from engine.triton_fp8 import power
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from engine.triton_softmax import LOG2E, weigh, with_sink
 
 
 @triton.jit
@@ -101,11 +100,7 @@ def prefill_kernel(
         HAS_WINDOW, HAS_CAP, SCALED, PRECISION, STAGES,
     )  # fmt: skip
     if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-        highest = tl.maximum(maximum, sink)
-        shrink = tl.exp2(maximum - highest)
-        total = total * shrink + tl.exp2(sink - highest)
-        acc = acc * shrink[:, None]
+        acc, total = with_sink(tl.load(sinks + head).to(tl.float32) * LOG2E, acc, total, maximum)
     result = acc / total[:, None]
     at = ((token_start + m[:, None]) * num_kv_heads * GROUP + head) * VALUE_DIM + dv[None, :]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=(m[:, None] < num_queries) & (dv[None, :] < VALUE_DIM))
@@ -169,16 +164,12 @@ def _tiles(
             scores = softcap * LOG2E * _tanh(scores * (scale / softcap), PRECISION == "ieee")
         else:
             scores = scores * (scale * LOG2E)
+        seen = token[None, :] <= position[:, None]
         if MASKED:
-            seen = token[None, :] <= position[:, None]
             if HAS_WINDOW:
                 seen = seen & (token[None, :] > position[:, None] - window)
             scores = tl.where(seen, scores, -1e30)
-        highest = tl.maximum(maximum, tl.max(scores, 1))
-        weights = tl.exp2(scores - highest[:, None])
-        if MASKED:
-            weights = tl.where(seen, weights, 0.0)  # of a row that sees nothing here the highest is -1e30 too
-        shrink = tl.exp2(maximum - highest)
+        weights, shrink, maximum = weigh(scores, seen, maximum, MASKED)
         if MASKED or VALUE_DIM != VALUE_BLOCK:  # what an unused slot holds may be NaN
             v = tl.load(
                 value_base + values[:, None] + dv[None, :],
@@ -193,7 +184,6 @@ def _tiles(
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-        maximum = highest
     return acc, total, maximum
 
 
