@@ -180,7 +180,8 @@ class Link(Protocol):
         self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
     ) -> Outgoing:
         """Starts a transfer under a ticket of this peer. Chunks are at most `max_chunk_bytes` long, the smaller of the
-        receiver's limit and ours; one-sided transports need the grant's `placement` instead."""
+        receiver's limit and ours; one-sided transports need the grant's `placement` instead. Raises TransferError, on a
+        closed link for one."""
 
     async def close(self) -> None:
         """Aborts what is open, waits until no page is read, lets go of connections and mappings."""

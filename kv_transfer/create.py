@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import grpc.aio
 
 from kv_transfer import local, locality
-from kv_transfer.base import Endpoint, Link, ObjectStore, Placement, Sender, TransferError, TransferRefused
+from kv_transfer.base import (
+    Endpoint,
+    Link,
+    ObjectStore,
+    Placement,
+    Sender,
+    TransferBroken,
+    TransferError,
+    TransferRefused,
+)
 from kv_transfer.choose import AUTO, ONE_SIDED, candidates, wanted
 from kv_transfer.control_server import ControlServer
 from kv_transfer.grpc_stream import GrpcWire, push_handler
@@ -232,6 +241,7 @@ class _TwoSidedLink:
         self._address = address
         self._channel: grpc.aio.Channel | None = None
         self._open: set[ChunkedOutgoing] = set()
+        self._is_closed = False
 
     @property
     def transport(self) -> str:
@@ -240,6 +250,8 @@ class _TwoSidedLink:
     def open(
         self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
     ) -> ChunkedOutgoing:
+        if self._is_closed:
+            raise TransferBroken("the link is closed")
         sender = self._sender
         limit = min(sender.max_chunk_bytes, max_chunk_bytes or sender.max_chunk_bytes)
         _check_chunk_bytes(sender.memory, limit)
@@ -249,6 +261,7 @@ class _TwoSidedLink:
         return outgoing
 
     async def close(self) -> None:
+        self._is_closed = True
         outgoings = list(self._open)
         for outgoing in outgoings:
             outgoing.abort("the link closes")

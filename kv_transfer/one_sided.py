@@ -101,6 +101,8 @@ class _Link:
     def open(
         self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
     ) -> PlacedOutgoing:
+        if self._is_closed:  # and the pool out of reach
+            raise TransferBroken("the link is closed")
         if placement is None or not self._pool.holds(placement):
             raise TransferRefused(f"a grant without pages of the receiver's pool: {placement}")
         sender = self._sender

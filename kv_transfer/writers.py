@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 import grpc
 
+from kv_transfer import locality
 from kv_transfer.choose import EQUAL_BLOCKS, ONE_SIDED
 from kv_transfer.create import Transports
 from kv_transfer.refusal import Refusal
@@ -21,7 +22,9 @@ class Writers:
         self._processes: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     def met(self, request: kv.HandshakeRequest) -> None:
-        self._processes[(request.source.worker_id, request.source.incarnation)] = request.process
+        # It speaks: one that seems to have ended is out of our sight (hidden by /proc), and will never be seen to end.
+        process = "" if locality.is_gone(request.process) else request.process
+        self._processes[(request.source.worker_id, request.source.incarnation)] = process
         while len(self._processes) > MAX_SOURCES:
             self._processes.popitem(last=False)
 

@@ -285,6 +285,14 @@ async def test_pages_on_a_gpu_are_staged(transport: str):
         assert pair.is_equal([0, 6, 2], [5, 1, 7])
 
 
+async def test_a_closed_link_opens_nothing(pair: Pair):
+    """A grant may arrive just as its peer leaves: what it would be written to is no longer mapped."""
+    transfer_id = pair.grant([1])
+    await pair.link.close()
+    with pytest.raises(kv_transfer.TransferBroken, match="the link is closed"):
+        pair.open(transfer_id)
+
+
 async def test_nobody_there():
     async with transfer_pair("grpc", progress_s=2.0) as pair:
         outgoing = (await pair.connect("127.0.0.1:9")).open(pair.grant([1]))

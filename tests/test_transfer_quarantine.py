@@ -1,19 +1,21 @@
 """Pages of a one-sided transfer that was given up stay out of use until its writer has stopped or ended."""
 
 import asyncio
+from types import SimpleNamespace
 
 import grpc.aio
 import numpy as np
 import pytest
 
 import kv_transfer
-from kv_transfer import peers
+from kv_transfer import locality, peers
 from kv_transfer.base import ChunkHeader, Endpoint, ManifestBuilder
 from kv_transfer.create import create_sender
 from kv_transfer.guards import NUM_SLOTS, Guards, open_guards
 from kv_transfer.memory import Pages
 from kv_transfer.open_transfers import OpenTransfers
 from kv_transfer.receiver import Receiver
+from kv_transfer.writers import Writers
 from protos import kv_transfer_pb2 as kv
 from tests.scheduling import Simulator, make_request
 from tests.transfer import NUM_LAYERS, SOURCE, make_memory
@@ -112,6 +114,18 @@ def test_only_the_writers_word_or_its_end_frees_the_pages(receiver: Receiver, gu
     receiver.check()
     fresh = receiver.placement(grant(receiver))
     assert fresh is not None and fresh.generation == 4  # never one that a stale writer may hold
+
+
+def test_a_speaker_that_seems_to_be_dead_is_one_that_cannot_be_seen():
+    """Where /proc hides other users' processes, theirs look as if they had ended."""
+    transports = SimpleNamespace(speaks=("cuda_ipc",))
+    writers, source = Writers(transports, 16), kv.WorkerRef(worker_id="p", incarnation="i")  # type: ignore[arg-type]
+    asked = kv.ReserveRequest(source=source, transport="cuda_ipc", block_size=16)
+    me = locality.process()
+    hidden = me.rpartition(":")[0] + ":1"
+    for process, known in ((me, me), (hidden, "")):
+        writers.met(kv.HandshakeRequest(source=source, process=process))
+        assert writers.find(asked) == known
 
 
 def test_guards_run_out_with_words(guards: Guards):
