@@ -1,5 +1,5 @@
-"""Compiles every Triton kernel for a GPU that need not be there. `python -m tests.compile_kernels`, apart from tests,
-whose process has Triton's interpreter in place of its compiler. Prints a line for each; ends with 1 where one fails.
+"""Compiles every Triton kernel for a GPU that need not be there: `python -m tests.compile_kernels 90`, apart from the
+tests' process, which has Triton's interpreter in the compiler's place. Prints a line for each; 1 at the end if one fails.
 
 What a start would launch, for real widths and few tokens, is compiled instead of launched; so are the kernels of
 rarer models, and those that move pages, whose addresses may then be anything.
@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from engine import compile_ahead, ops, paged_attention
 from engine.config import EngineConfig
+from engine.device import OLDEST_FP8
 from engine.inputs import Inputs
 from engine.kv_cache import KVCache
 from engine.kv_layout import FP8, KVLayout, LayerShape
@@ -29,7 +30,7 @@ from kv_transfer import push_kernel, round_kernel, triton_launch
 from kv_transfer.push_kernel import Side
 from kv_transfer.relayout import Tiles, tile_ranges
 
-CAPABILITY, SHARED_BYTES = 90, 232448  # of an H100: shared memory that one block of threads can have
+SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # that a block of threads can have, by capability
 CPU = torch.device("cpu")
 ADDRESS = 1 << 40
 
@@ -52,16 +53,18 @@ STARTS = [
 ]
 
 
-def of_starts() -> Iterator[tuple[str, Callable[[], object]]]:
+def of_starts(has_fp8: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     for raw, dtype, kv_dtype in STARTS:
+        if kv_dtype == "fp8" and not has_fp8:
+            continue
         config = EngineConfig("m", dtype=dtype, kv_cache_dtype=kv_dtype, max_num_seqs=256, max_num_batched_tokens=8192)
         for task in compile_ahead._tasks(compile_ahead._Shape.of(raw, config), config, CPU, 64):
             yield f"{raw['model_type']} {dtype} {kv_dtype}", task
 
 
-def of_rarer_models() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Attention with sinks, with K wider than V (128 tokens of 192 and 128), and what writes their KV."""
-    for kv_dtype in (None, FP8):
+def of_rarer_models(has_fp8: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Attention with sinks, with K wider than V, and what writes their KV."""
+    for kv_dtype in (None, FP8) if has_fp8 else (None,):
         for name, heads, kv_heads, key_dim, value_dim in (("sinks", 64, 8, 64, 64), ("wide K", 16, 16, 192, 128)):
             layout = KVLayout.of("m", "", "", "bfloat16", 64, [LayerShape(kv_heads, key_dim, value_dim)], kv_dtype)
             cache = KVCache(layout, 2, CPU)
@@ -86,7 +89,7 @@ def of_rarer_models() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "sampling", lambda: truncate_kernel[(3,)](scores, floats, ints, floats, 128256, BLOCK=4096, num_warps=16)
 
 
-def of_transfers() -> Iterator[tuple[str, Callable[[], object]]]:
+def of_transfers(has_fp8: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """From blocks of 64 tokens into others: of bfloat16, of float8 with scales, and rounded on the way."""
     layer = [Tiles(16, 256)]
     scaled = [Tiles(16, 128), Tiles(16, 1)]
@@ -105,7 +108,7 @@ def of_transfers() -> Iterator[tuple[str, Callable[[], object]]]:
                         with_digest=with_digest,
                     ),
                 )
-    for dtype in round_kernel.DTYPES:
+    for dtype in round_kernel.DTYPES if has_fp8 else ():
         wide = [Tiles(16, 128 * dtype.itemsize)]
         tiles = tuple(found for layer in (wide, scaled) for found in tile_ranges([layer] * 32, 0, 32))
         sides = _side(64, wide), _side(64, scaled)
@@ -120,15 +123,17 @@ def _side(block_size: int, layer: list[Tiles]) -> Side:
     return Side(ADDRESS, block_bytes, block_size, ADDRESS, 0)
 
 
-def main() -> int:
-    target = GPUTarget("cuda", CAPABILITY, 32)
+def main(capability: int) -> int:
+    target = GPUTarget("cuda", capability, 32)
     device = SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     triton.runtime.driver.set_active(device)
     ops.force_triton = True
     own_tile, own_run = paged_attention.chunk_tile, JITFunction.run
-    paged_attention.chunk_tile = lambda dim, dtype, is_roomy: own_tile(dim, dtype, True)
+    paged_attention.chunk_tile = lambda dim, dtype, is_roomy: own_tile(
+        dim, dtype, capability // 10 in paged_attention.ROOMY
+    )
     seen: set[int] = set()
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -139,14 +144,14 @@ def main() -> int:
             print(
                 f"{what}: {self.fn.__name__}, {len(kernel.asm['cubin'])} bytes, {shared} of shared memory", flush=True
             )
-        if shared > SHARED_BYTES:
+        if shared > SHARED_BYTES[capability]:
             raise MemoryError(f"{self.fn.__name__} takes {shared} bytes of shared memory")
 
     JITFunction.run = run
     failed = 0
     with torch.inference_mode():
         for group in (of_transfers, of_rarer_models, of_starts):
-            for what, task in group():
+            for what, task in group(divmod(capability, 10) >= OLDEST_FP8):
                 try:
                     task()
                 except Exception as error:
@@ -158,4 +163,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1])))
