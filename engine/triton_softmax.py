@@ -13,8 +13,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def weigh(scores, seen, maximum, MASKED: tl.constexpr):
-    """Of scores [queries, keys] in units of log 2, -1e30 where a key is not `seen`: weights, what the sums so far shrink
-    by, and the new maximum."""
+    """Of scores [queries, keys] in units of log 2, -1e30 where a key is not `seen`: weights, what the sums so far
+    shrink by, and the new maximum."""
     highest = tl.maximum(maximum, tl.max(scores, 1))
     weights = tl.exp2(scores - highest[:, None])
     if MASKED:
