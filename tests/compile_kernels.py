@@ -1,5 +1,5 @@
 """Compiles every Triton kernel for a GPU that need not be there: `python -m tests.compile_kernels 90`, apart from the
-tests' process, which has Triton's interpreter in the compiler's place. Prints a line for each; 1 at the end if one fails.
+tests' process, which has Triton's interpreter in the compiler's place. Prints a line each; ends with 1 if any fails.
 
 What a start would launch, for real widths and few tokens, is compiled instead of launched; so are the kernels of
 rarer models, and those that move pages, whose addresses may then be anything.

@@ -1,5 +1,5 @@
-"""Every kernel compiles for an H100, and but for float8 for an A100, and finds room there. No GPU is asked; what kernels
-compute, others test."""
+"""Every kernel compiles for an H100, and but for float8 for an A100, and finds room there. No GPU is asked. What
+kernels compute, others test."""
 
 import os
 import subprocess
