@@ -74,7 +74,7 @@ class Peer:
     def stub(self) -> kv_grpc.KvTransferServiceStub:
         """Raises PeerUnavailable once it has left the membership."""
         if self._is_closed:
-            raise PeerUnavailable(f"worker {self.ref.worker_id} ({self.ref.incarnation}) has left")
+            raise self._left()
         return self._stub
 
     def open(self, transfer_id: bytes, placement: Placement | None) -> Outgoing:
@@ -112,7 +112,12 @@ class Peer:
             digest=manifest.digest,
             first_tokens=first_tokens,
         )
-        await self.stub.Commit(request, timeout=COMMIT_TIMEOUT_S)
+        try:
+            await self.stub.Commit(request, timeout=COMMIT_TIMEOUT_S)
+        except asyncio.CancelledError:
+            if self._is_closed:  # its channel was closed under the call: no cancellation of ours
+                raise self._left() from None
+            raise
         self.drop(transfer_id)
         return manifest
 
@@ -136,6 +141,9 @@ class Peer:
             self._unheard[transfer_id] = request
             if self._repeating is None or self._repeating.done():
                 self._repeating = asyncio.create_task(self._repeat())
+
+    def _left(self) -> PeerUnavailable:
+        return PeerUnavailable(f"worker {self.ref.worker_id} ({self.ref.incarnation}) has left")
 
     async def _repeat(self) -> None:
         """Until the receiver has heard every fence: its pages stay in quarantine as long."""

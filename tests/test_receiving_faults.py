@@ -7,10 +7,14 @@ from concurrent.futures import Future
 import grpc.aio
 import pytest
 
-from kv_transfer.base import Endpoint
+from kv_transfer.base import Endpoint, Manifest
+from kv_transfer.create import create_sender
 from kv_transfer.one_sided import OneSidedSender
-from kv_transfer.peers import Peers
+from kv_transfer.open_transfers import OpenTransfers
+from kv_transfer.peers import Peer, Peers, PeerUnavailable
 from kv_transfer.placed import Threads
+from protos import kv_transfer_pb2 as kv
+from protos import kv_transfer_pb2_grpc as kv_grpc
 from tests.service import request, service
 from tests.transfer import SOURCE, make_memory, needs_nixl
 
@@ -121,3 +125,37 @@ async def test_a_pool_mapped_for_nobody_is_let_go():
     pool.may_go.set()
     assert await asyncio.to_thread(pool.closed.wait, 10)
     await sender.close()
+
+
+class Hanging(kv_grpc.KvTransferServiceServicer):
+    """A receiver that answers no Commit."""
+
+    def __init__(self) -> None:
+        self.is_asked = asyncio.Event()
+
+    async def Commit(self, request: kv.CommitRequest, context: grpc.aio.ServicerContext) -> kv.CommitResponse:
+        self.is_asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+class Sealed:
+    async def seal(self) -> Manifest:
+        return Manifest(0, 0, b"")
+
+
+async def test_a_peer_that_leaves_during_commit_is_unavailable():
+    """Its channel is closed under the call, which is no cancellation of ours."""
+    server, servicer = grpc.aio.server(), Hanging()
+    kv_grpc.add_KvTransferServiceServicer_to_server(servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    link = await create_sender("grpc", make_memory(4), SOURCE).connect(address, Endpoint("grpc"))
+    ref = kv.WorkerRef(worker_id="decode-0", incarnation="i")
+    peer = Peer(ref, grpc.aio.insecure_channel(address), link, "", 16, OpenTransfers())
+    committing = asyncio.create_task(peer.commit(b"ticket", Sealed()))  # type: ignore[arg-type]
+    await servicer.is_asked.wait()
+    await peer.close()
+    with pytest.raises(PeerUnavailable, match="decode-0"):
+        await committing
+    await server.stop(None)
