@@ -13,8 +13,8 @@ put by an actor and read by this process. `placed` is a one-sided writer on the 
                                                       between one-sided writers and memory: what landed is changed there
                                                       instead (test_placed, test_nixl, test_cuda_ipc), and what they say
                                                       of it in a proxy. local has no flight
-    chunks twice, out of order            _faults     grpc ray_store; of placed chunks _quarantine and test_control.
-                                                      local calls what _receiver calls
+    chunks twice, out of order            _faults     grpc ray_store placed; over the control socket test_control, for
+                                                      nixl and cuda_ipc say the same. local calls what _receiver calls
     tickets expired, forged, replayed     here        all
     a writer delayed past release         here        all; of another host, which no guard stops: test_nixl
     1,000 small ones through 24 blocks    here        all
