@@ -233,7 +233,7 @@ class Peers:
         return [task.result() for task in done if task.exception() is None]
 
     async def close(self) -> None:
-        for task in self._connecting.values():
+        for task in list(self._connecting.values()):
             await self._close(task)
         self._connecting.clear()
         await asyncio.gather(*self._tasks, return_exceptions=True)
