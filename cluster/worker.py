@@ -252,7 +252,13 @@ class Worker:
         started = time.perf_counter()
         outgoing = peer.open(granted.transfer_id, placement_from_pb(granted))
         try:
-            outgoing.push(block_ids, 0, 0, self.engine.layout.num_layers, after)
+            # The last block in two parts, for what moves few bytes of a block may not be what moves all of them.
+            num_layers, last = self.engine.layout.num_layers, len(block_ids) - 1
+            if last:
+                outgoing.push(block_ids[:last], 0, 0, num_layers, after)
+            outgoing.push(block_ids[last:], last, 0, 1, after)
+            if num_layers > 1:
+                outgoing.push(block_ids[last:], last, 1, num_layers, after)
             manifest = await peer.commit(granted.transfer_id, outgoing)
             seconds = time.perf_counter() - started
         finally:

@@ -3,6 +3,7 @@
     TransferError                  a transfer ended without its pages becoming visible
     ├── TransferRefused            the ticket is unknown, expired, used before, or not this peer's
     ├── TransferBroken             the peer is gone, stalled, or broke the order of the stream
+    │   └── TransferUnfit          what moves or checks the bytes failed at either end: another transport may work
     └── TransferCorrupt            bytes arrived that are not the bytes that were read
 
 Ranges, here and on the wire: logical blocks count from 0 along the prompt; layers from 0. A chunk holds a rectangle
@@ -36,6 +37,10 @@ class TransferRefused(TransferError):
 
 class TransferBroken(TransferError):
     """The peer is gone, made no progress, or sent chunks out of order or range."""
+
+
+class TransferUnfit(TransferBroken):
+    """What moves or checks the bytes failed at either end, a kernel, say: another transport may work."""
 
 
 class TransferCorrupt(TransferError):

@@ -21,7 +21,7 @@ from collections import deque
 
 import torch
 
-from kv_transfer.base import ChunkHeader, TransferBroken, TransferError
+from kv_transfer.base import ChunkHeader, TransferBroken, TransferError, TransferUnfit
 from kv_transfer.control import (
     MAX_BACKLOG,
     NO_TRANSFER,
@@ -121,7 +121,7 @@ class ControlServer:
             self._drop(link, TransferBroken("the sender is gone"))
         except Exception as error:
             _log.exception("a control link was cut off")
-            self._drop(link, TransferBroken(f"the receiver failed: {error!r}"))
+            self._drop(link, TransferUnfit(f"the receiver failed: {error!r}"))
         else:
             if not is_open:
                 self._drop(link, TransferBroken("the sender is gone"))
@@ -266,7 +266,7 @@ class _Link:
             self._end(transfer_id, error)
         except Exception as error:
             _log.exception("a transfer failed")
-            self._end(transfer_id, TransferBroken(f"the receiver failed: {error!r}"))
+            self._end(transfer_id, TransferUnfit(f"the receiver failed: {error!r}"))
 
     def _end(self, transfer_id: bytes, error: TransferError) -> None:
         """Fails a transfer under way, unless its ticket has heard already; the watcher or we tell the sender."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -106,6 +106,8 @@ class Transports:
                 self.missing[name] = f"it cannot be offered: {_first_line(error)}"
         self.speaks = tuple(name for name in self.speaks if name not in self.missing)
         if not self.speaks:
+            if self._control is not None:
+                self._control.close()
             raise ValueError(f"transport {self._setting!r}: {'; '.join(self.missing.values())}")
         if "local" in self.speaks:
             self._undo.append(serve("local", self._receiver, None, None, address))
@@ -114,13 +116,21 @@ class Transports:
             server.add_generic_rpc_handlers((push_handler(self._receiver, self._object_store),))
 
     async def connect(
-        self, address: str, endpoints: Sequence[Endpoint], block_size: int, is_rounded: bool = False
+        self,
+        address: str,
+        endpoints: Sequence[Endpoint],
+        block_size: int,
+        is_rounded: bool = False,
+        unfit: Mapping[str, str] | None = None,
     ) -> Connection:
         """The best link to the receiver at `address`, whose blocks hold `block_size` tokens. `is_rounded`: it keeps
-        float8, and we do not. Raises TransferRefused when there is none."""
+        float8, and we do not. `unfit`: transports that are only for want of others, and why. Raises TransferRefused
+        when there is none."""
         has_equal_blocks = block_size == self._receiver.memory.block_size and not is_rounded
         mine = {name: _locality(name) for name in self.speaks}
         chosen, left_out = candidates(self._setting, mine, self.missing, endpoints, has_equal_blocks)
+        unfit = unfit or {}
+        chosen.sort(key=lambda one: one.transport in unfit)
         for endpoint in chosen:
             try:
                 link = await self._sender(endpoint.transport, is_rounded).connect(address, endpoint)
@@ -130,6 +140,8 @@ class Transports:
                 _log.exception("transport %s to %s is passed over", endpoint.transport, address)
                 left_out.append(f"{endpoint.transport}: {_first_line(error)}")
             else:
+                behind = chosen[chosen.index(endpoint) + 1 :]
+                left_out += [f"{one.transport}: {unfit[one.transport]}" for one in behind if one.transport in unfit]
                 return Connection(link, "; ".join([*left_out, link.note] if link.note else left_out))
         raise TransferRefused(f"no transport leads to {address}: {'; '.join(left_out)}")
 

@@ -26,7 +26,7 @@
 A stream is BEGIN, chunks numbered from 0, END; all with one transfer id. The receiver answers with acknowledgements
 
       0     4   number of chunks placed so far
-      4     1   verdict: 0 fine, 1 refused, 2 broken, 3 corrupt
+      4     1   verdict: 0 fine, 1 refused, 2 broken, 3 corrupt, 4 unfit
       5     1   1: the objects of this stream are mapped here, not copied
       6     …   UTF-8 text of an error
 
@@ -49,6 +49,7 @@ from kv_transfer.base import (
     TransferCorrupt,
     TransferError,
     TransferRefused,
+    TransferUnfit,
 )
 from kv_transfer.checksum import crc32c
 
@@ -57,7 +58,7 @@ _MAGIC, _VERSION = b"KV", 3
 _END = struct.Struct("<IQ32s")
 _U32 = struct.Struct("<I")
 _ACK = struct.Struct("<IBB")
-_VERDICTS = (TransferRefused, TransferBroken, TransferCorrupt)
+_VERDICTS = (TransferRefused, TransferBroken, TransferCorrupt, TransferUnfit)
 HEADER_BYTES = _PREFIX.size + ChunkHeader.STRUCT.size
 MAX_TOKEN_BYTES = 4096
 MAX_REASON_BYTES = 512

@@ -15,6 +15,7 @@ copy at the receiver; a checksum on each side.
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,13 +25,14 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from kv_transfer.base import ChunkHeader, Manifest, ObjectStore, TransferBroken, TransferError
+from kv_transfer.base import ChunkHeader, Manifest, ObjectStore, TransferBroken, TransferError, TransferUnfit
 from kv_transfer.checksum import crc32c
 from kv_transfer.frames import Ack, Frame, Kind, begin_frame, chunk_frame, end_frame
 from kv_transfer.receiver import Receiver
 
 SERVICE = "pdserve.v1.KvTransferService"
 PUSH = f"/{SERVICE}/Push"
+_log = logging.getLogger(__name__)
 
 
 def push_handler(receiver: Receiver, object_store: ObjectStore | None = None) -> grpc.GenericRpcHandler:
@@ -63,8 +65,8 @@ class _PushHandler:
         except TimeoutError:
             verdict = TransferBroken("no BEGIN came")
         except Exception as error:
-            verdict = TransferBroken(f"the receiver failed: {error!r}")
-            raise
+            _log.exception("a transfer failed")
+            verdict = TransferUnfit(f"the receiver failed: {error!r}")
         except asyncio.CancelledError:
             verdict = TransferBroken("the sender is gone")
             raise

@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 import grpc
 
 from kv_transfer import locality
-from kv_transfer.base import PROTOCOL_VERSION, Endpoint, Link, Manifest, Outgoing, Placement, TransferRefused
+from kv_transfer.base import (
+    PROTOCOL_VERSION,
+    Endpoint,
+    Link,
+    Manifest,
+    Outgoing,
+    Placement,
+    TransferCorrupt,
+    TransferRefused,
+    TransferUnfit,
+)
 from kv_transfer.choose import ONE_SIDED
 from kv_transfer.create import Transports
 from kv_transfer.open_transfers import OpenTransfers
@@ -27,6 +37,10 @@ MEMBERSHIP_LAG_S = 2.0
 # Commit answers once the receiver has checked every byte, so it may wait for chunks still on the wire.
 COMMIT_TIMEOUT_S = 30.0
 RELEASE_TIMEOUT_S, RELEASE_TRIES = 2.5, 2
+# Transfers in a row that were not verified, for which their transport is to blame, until it is not used any more with
+# this peer; the first one of all suffices.
+MAX_UNFIT = 2
+_UNFIT = (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.INTERNAL)
 _log = logging.getLogger(__name__)
 
 
@@ -68,6 +82,8 @@ class Peer:
         self._unheard: dict[bytes, kv.ReleaseRequest] = {}  # fences of one-sided transfers, not answered yet
         self._repeating: asyncio.Task | None = None
         self.was_tried = False  # by a test transfer, to measure the link
+        self.is_unfit: Callable[[str], None] | None = None  # told once, why the transport is not to be used any more
+        self._num_unfit = MAX_UNFIT - 1  # transfers not verified since the last one that was
         self._is_closed = False
 
     @property
@@ -102,6 +118,27 @@ class Peer:
 
         A test transfer is of no tokens. Raises TransferError, PeerUnavailable, or the refusal's AioRpcError.
         """
+        try:
+            manifest = await self._commit(transfer_id, outgoing, num_tokens, token_hash, first_tokens)
+        except (TransferCorrupt, TransferUnfit) as error:
+            self._count_unfit(str(error))
+            raise
+        except grpc.aio.AioRpcError as error:
+            if error.code() in _UNFIT:
+                self._count_unfit(error.details() or error.code().name)
+            raise
+        self._num_unfit = 0
+        self.drop(transfer_id)
+        return manifest
+
+    async def _commit(
+        self,
+        transfer_id: bytes,
+        outgoing: Outgoing,
+        num_tokens: int,
+        token_hash: bytes,
+        first_tokens: Sequence[kv.AdoptedToken],
+    ) -> Manifest:
         manifest = await outgoing.seal()
         request = kv.CommitRequest(
             transfer_id=transfer_id,
@@ -118,8 +155,13 @@ class Peer:
             if self._is_closed:  # its channel was closed under the call: no cancellation of ours
                 raise self._left() from None
             raise
-        self.drop(transfer_id)
         return manifest
+
+    def _count_unfit(self, why: str) -> None:
+        self._num_unfit += 1
+        if self._num_unfit >= MAX_UNFIT and self.is_unfit is not None:
+            tell, self.is_unfit = self.is_unfit, None
+            tell(f"a transfer was not verified: {why}")
 
     async def release(self, transfer_id: bytes, reason: str) -> None:
         """Gives a ticket up, as far as the peer can be told. The transfer must be closed: no write is in flight any
@@ -189,6 +231,8 @@ class Peers:
         self._members: dict[str, worker_pb2.Member] = {}
         self._changed = asyncio.Condition()
         self._connecting: dict[tuple[str, str], asyncio.Task[Peer]] = {}
+        self._unfit: dict[tuple[str, str], dict[str, str]] = {}  # transports to a peer, and why
+        self._replaced: dict[tuple[str, str], list[Peer]] = {}  # that end what they have begun
         self._tasks: set[asyncio.Task] = set()
 
     def set_members(self, members: Iterable[worker_pb2.Member]) -> None:
@@ -196,6 +240,9 @@ class Peers:
         self._members = {member.worker_id: member for member in members}
         for key in [key for key in self._connecting if not self.is_member(*key)]:
             self._spawn(self._close(self._connecting.pop(key)))
+            self._unfit.pop(key, None)
+            for peer in self._replaced.pop(key, ()):
+                self._spawn(peer.close())
         self._spawn(self._announce())
 
     def find(self, worker_id: str) -> kv.WorkerRef:
@@ -236,6 +283,9 @@ class Peers:
         for task in list(self._connecting.values()):
             await self._close(task)
         self._connecting.clear()
+        for peer in (peer for replaced in self._replaced.values() for peer in replaced):
+            await peer.close()
+        self._replaced.clear()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _handshake(self, ref: kv.WorkerRef) -> Peer:
@@ -255,7 +305,8 @@ class Peers:
                 raise PeerUnavailable(f"{address} is worker {answer.target.worker_id} ({answer.target.incarnation})")
             endpoints = [Endpoint(one.transport, one.locality, one.data) for one in answer.endpoints]
             is_rounded = answer.layout.fingerprint != self._layout.fingerprint
-            connection = await self._transports.connect(address, endpoints, answer.layout.block_size, is_rounded)
+            unfit = self._unfit.get((ref.worker_id, ref.incarnation), {})
+            connection = await self._transports.connect(address, endpoints, answer.layout.block_size, is_rounded, unfit)
         except BaseException as error:
             await channel.close(None)
             if isinstance(error, TransferRefused):
@@ -267,8 +318,22 @@ class Peers:
             raise PeerUnavailable(f"worker {ref.worker_id} at {address}: {error.code().name}") from error
         said = f"{connection.link.transport} as {answer.layout.kv_dtype}" if is_rounded else ""
         peer = Peer(ref, channel, connection.link, connection.why, answer.layout.block_size, self.transfers, said)
+        if connection.link.transport not in unfit:  # else it is the only one
+            peer.is_unfit = lambda why: self._replace(peer, why)
         _log.info("KV to %s goes over %s; %s", ref.worker_id, peer.transport, peer.why or "nothing passed over")
         return peer
+
+    def _replace(self, peer: Peer, why: str) -> None:
+        """Shakes hands again, for another transport where there is one; what `peer` has begun goes its way."""
+        key = (peer.ref.worker_id, peer.ref.incarnation)
+        task = self._connecting.get(key)
+        if task is None or not task.done() or task.cancelled() or task.exception() or task.result() is not peer:
+            return  # it has left
+        _log.warning("KV to %s: %s: %s", peer.ref.worker_id, peer.link.transport, why)
+        self._unfit.setdefault(key, {})[peer.link.transport] = why
+        self._replaced.setdefault(key, []).append(peer)
+        self._connecting[key] = handshake = asyncio.create_task(self._handshake(peer.ref))
+        handshake.add_done_callback(lambda done: done.cancelled() or done.exception())  # who connects tries again
 
     async def _announce(self) -> None:
         async with self._changed:

@@ -11,12 +11,14 @@ Life of a transfer here:
  6. Whatever ended the task, every write begun is waited for: closed means that nothing of it is in flight.
 """
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from kv_transfer.base import ChunkHeader, Placement, ReadyEvent, TransferBroken, TransferError
+from kv_transfer.base import ChunkHeader, Placement, ReadyEvent, TransferError, TransferRefused, TransferUnfit
 from kv_transfer.frames import end_frame, placed_frame
 from kv_transfer.lifecycle import Lifecycle, Stream
 from kv_transfer.memory import BlockMemory
@@ -207,6 +209,10 @@ class PlacedOutgoing(Lifecycle):
     # On the loop
 
     async def _step(self) -> bool:
+        if isinstance(self._failure, TransferRefused):  # a guard that was revoked: why is on its way
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._progress_s):
+                    await self._stream.answered(None)
         if self._failure is not None:
             raise self._failure
         return False
@@ -226,7 +232,7 @@ class PlacedOutgoing(Lifecycle):
         error = super()._why()
         if error is None or isinstance(error, TransferError):
             return error
-        return TransferBroken(f"the write failed: {type(error).__name__}: {error}")
+        return TransferUnfit(f"the write failed: {type(error).__name__}: {error}")
 
     def _num_bytes(self, rect: Rect) -> int:
         return len(rect.block_ids) * self._memory.width(rect.layer_start, rect.layer_stop)

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import grpc
 
-from kv_transfer.base import Manifest, TransferCorrupt, TransferError
+from kv_transfer.base import Manifest, TransferCorrupt, TransferError, TransferUnfit
 from kv_transfer.receiver import Receiver
 from protos import kv_transfer_pb2 as kv
 
@@ -44,5 +44,7 @@ async def verify(receiver: Receiver, request: kv.CommitRequest) -> None:
         await receiver.commit(request.transfer_id, manifest)
     except TransferCorrupt as error:
         raise Refusal(grpc.StatusCode.DATA_LOSS, str(error)) from error
+    except TransferUnfit as error:
+        raise Refusal(grpc.StatusCode.INTERNAL, str(error)) from error
     except TransferError as error:
         raise Refusal(grpc.StatusCode.ABORTED, str(error)) from error
