@@ -4,11 +4,13 @@ It looks at every argument and option again to find the compiled kernel, for som
 transfer waits for. Here a tuple of what its choice depends on finds the same one.
 """
 
+import logging
 from typing import Any
 
 import torch
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_log = logging.getLogger(__name__)
 
 
 def run(kernel: Any, num_programs: int, numbers: tuple[int, ...], constants: dict[str, Any], num_warps: int) -> None:
@@ -19,8 +21,12 @@ def run(kernel: Any, num_programs: int, numbers: tuple[int, ...], constants: dic
     key = (kernel, device, num_warps, tuple(constants.values()), widths)
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[(num_programs, 1, 1)](*numbers, *constants.values())
-        return
-    compiled = kernel[(num_programs,)](*numbers, **constants, num_warps=num_warps)
-    if hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
-        _compiled[key] = compiled
+        try:
+            compiled[(num_programs, 1, 1)](*numbers, *constants.values())
+            return
+        except TypeError as error:  # what a compiled kernel takes is Triton's own affair, and may change
+            _log.warning("kernels are launched Triton's way from now on: %s", error)
+            _compiled[key] = None
+    launched = kernel[(num_programs,)](*numbers, **constants, num_warps=num_warps)
+    if key not in _compiled and hasattr(launched, "packed_metadata"):  # the interpreter compiles nothing
+        _compiled[key] = launched
