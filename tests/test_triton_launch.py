@@ -1,4 +1,4 @@
-"""The short way to a kernel that was launched before: the same kernel for the same choice, and Triton's own way else."""
+"""The short way to a kernel that was launched before: the same kernel for the same choice, or else Triton's own way."""
 
 import pytest
 
