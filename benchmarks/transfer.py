@@ -39,6 +39,7 @@ import torch
 import kv_transfer
 from kv_transfer import nixl
 from kv_transfer.base import BlockMemory, Endpoint, Link, Manifest, ObjectStore, Placement, Sender
+from kv_transfer.control_server import ControlServer
 from kv_transfer.guards import Guards
 from kv_transfer.receiver import Receiver
 from protos.grpc_options import SERVER_OPTIONS
@@ -224,9 +225,11 @@ async def receive(layout: str, ray_address: str) -> None:
     for name, store in stores.items():
         receivers[name] = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        data = nixl.export(memory, receivers[name].guards_name) if name == "nixl" else b""
+        data = b""
+        if name == "nixl":
+            data = nixl.export(memory, receivers[name].guards_name, ControlServer(receivers[name]).name)
         ways[name] = (f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", data.hex())
-        # A one-sided transport's stream is that of grpc.
+        # A one-sided transport's stream, where the control socket is out of reach, is that of grpc.
         kv_transfer.serve("grpc" if name == "nixl" else name, receivers[name], server, store)
         await server.start()
         servers.append(server)
