@@ -17,9 +17,10 @@ from decode_worker.runs import Run, RunState
 from engine.request import FirstToken, Request, SamplingParams
 from engine.wire import token_hash
 from kv_transfer.base import PROTOCOL_VERSION
-from kv_transfer.create import MAX_CHUNK_BYTES, Transports
+from kv_transfer.create import Transports
 from kv_transfer.placement import placement_to_pb
 from kv_transfer.refusal import Refusal, answer, check_target, verify
+from kv_transfer.two_sided import MAX_CHUNK_BYTES
 from kv_transfer.writers import Writers
 from protos import inference_pb2
 from protos import kv_transfer_pb2 as kv

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc.aio
@@ -13,31 +12,23 @@ from kv_transfer.base import (
     Endpoint,
     Link,
     ObjectStore,
-    Placement,
     Sender,
-    TransferBroken,
     TransferError,
     TransferRefused,
 )
 from kv_transfer.choose import AUTO, ONE_SIDED, candidates, wanted
 from kv_transfer.control_server import ControlServer
-from kv_transfer.grpc_stream import GrpcWire, push_handler
+from kv_transfer.grpc_stream import push_handler
 from kv_transfer.heap import keep_freed_pages
 from kv_transfer.memory import BlockMemory
-from kv_transfer.outgoing import ChunkedOutgoing, Wire
-from kv_transfer.ray_store import RayStoreWire
 from kv_transfer.receiver import Receiver
 from kv_transfer.rounding import RoundedMemory
-from protos.grpc_options import CHANNEL_OPTIONS
+from kv_transfer.two_sided import TwoSidedSender
 
 # What a sender makes its chunks of: a message's buffers and their copies stay in the processor's cache; an object's
 # fixed cost of most of a millisecond is spread over more bytes.
 CHUNK_BYTES = {"local": 1 << 20, "grpc": 1 << 20, "ray_store": 8 << 20}
 TRANSPORTS = tuple(CHUNK_BYTES)
-MAX_CHUNK_BYTES = 16 << 20  # what a receiver takes
-
-# Up to this much a stream buffers, so that the next chunk is packed while the last ones are written.
-_KV_CHANNEL_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.http2.write_buffer_size", 4 << 20)]
 
 _log = logging.getLogger(__name__)
 
@@ -184,10 +175,9 @@ def create_sender(
         return nixl.NixlSender(nixl.agent_of(memory), source, progress_s)
     _check(transport, object_store)
     limit = CHUNK_BYTES[transport] if max_chunk_bytes is None else max_chunk_bytes
-    _check_chunk_bytes(memory, limit)
     if transport != "local":
         keep_freed_pages()
-    return _Sender(transport, memory, source, object_store, limit, progress_s)
+    return TwoSidedSender(transport, memory, source, object_store, limit, progress_s)
 
 
 def serve(
@@ -206,91 +196,6 @@ def serve(
     keep_freed_pages()
     server.add_generic_rpc_handlers((push_handler(receiver, object_store),))
     return lambda: None
-
-
-class _Sender:
-    """Of a two-sided transport."""
-
-    def __init__(
-        self,
-        transport: str,
-        memory: BlockMemory,
-        source: tuple[str, str],
-        object_store: ObjectStore | None,
-        max_chunk_bytes: int,
-        progress_s: float,
-    ) -> None:
-        self.transport = transport
-        self.memory = memory
-        self.source = source
-        self.object_store = object_store
-        self.max_chunk_bytes = max_chunk_bytes
-        self.progress_s = progress_s
-        # A put may wait for room in the store, and one thread copies faster than a receiver takes. What only copies
-        # into a message is done at once: a thread costs more than it saves.
-        # GPU pages, and those that are rounded, are read by a thread too, while the chunk before is sent.
-        is_slow = object_store is not None or memory.slab.is_cuda or isinstance(memory, RoundedMemory)
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="kv-put") if is_slow else None
-        self._links: list[_TwoSidedLink] = []
-
-    async def connect(self, address: str, endpoint: Endpoint) -> "_TwoSidedLink":
-        self._links.append(_TwoSidedLink(self, address))
-        return self._links[-1]
-
-    async def close(self) -> None:
-        await asyncio.gather(*(link.close() for link in self._links))
-        if self.pool is not None:
-            self.pool.shutdown()
-
-
-class _TwoSidedLink:
-    """One channel to one peer."""
-
-    note = ""
-
-    def __init__(self, sender: _Sender, address: str) -> None:
-        self._sender = sender
-        self._address = address
-        self._channel: grpc.aio.Channel | None = None
-        self._open: set[ChunkedOutgoing] = set()
-        self._is_closed = False
-
-    @property
-    def transport(self) -> str:
-        return self._sender.transport
-
-    def open(
-        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
-    ) -> ChunkedOutgoing:
-        if self._is_closed:
-            raise TransferBroken("the link is closed")
-        sender = self._sender
-        limit = min(sender.max_chunk_bytes, max_chunk_bytes or sender.max_chunk_bytes)
-        _check_chunk_bytes(sender.memory, limit)
-        outgoing = ChunkedOutgoing(sender.memory, self._wire(transfer_id), sender.pool, limit, sender.progress_s)
-        self._open.add(outgoing)
-        outgoing.add_closed_callback(self._open.discard)
-        return outgoing
-
-    async def close(self) -> None:
-        self._is_closed = True
-        outgoings = list(self._open)
-        for outgoing in outgoings:
-            outgoing.abort("the link closes")
-        await asyncio.gather(*(outgoing.wait_closed() for outgoing in outgoings))
-        if self._channel is not None:
-            await self._channel.close(None)
-            self._channel = None
-
-    def _wire(self, transfer_id: bytes) -> Wire:
-        sender = self._sender
-        if sender.transport == "local":
-            return local.LocalWire(self._address, transfer_id, sender.source)
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._address, options=_KV_CHANNEL_OPTIONS)
-        if sender.object_store is not None:
-            return RayStoreWire(self._channel, transfer_id, sender.source, sender.object_store)
-        return GrpcWire(self._channel, transfer_id, sender.source)
 
 
 def _missing(transport: str, memory: BlockMemory, object_store: ObjectStore | None) -> str:
@@ -339,12 +244,4 @@ def _check(transport: str, object_store: ObjectStore | None) -> None:
     if (transport == "ray_store") != (object_store is not None):
         raise ValueError(
             f"object_store {object_store!r} with transport {transport!r}: ray_store needs one, others none"
-        )
-
-
-def _check_chunk_bytes(memory: BlockMemory, max_chunk_bytes: int) -> None:
-    layer = max(memory.width(index, index + 1) for index in range(memory.num_layers))
-    if not layer <= max_chunk_bytes <= MAX_CHUNK_BYTES:
-        raise ValueError(
-            f"max_chunk_bytes {max_chunk_bytes}: must be in [{layer}, {MAX_CHUNK_BYTES}], a layer of a block at least"
         )

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
-import grpc.aio
-
 from kv_transfer.base import Endpoint, Placement, TransferBroken, TransferRefused
 from kv_transfer.control_link import ControlLink
 from kv_transfer.grpc_announcer import GrpcAnnouncer
 from kv_transfer.memory import BlockMemory
+from kv_transfer.open_link import OpenLink
 from kv_transfer.placed import MAX_WRITE_BYTES, Announcer, PlacedOutgoing, Threads, Writer
 from protos.grpc_options import CHANNEL_OPTIONS
 
@@ -81,33 +80,21 @@ class OneSidedSender:
         self.threads.close()
 
 
-class _Link:
+class _Link(OpenLink):
     def __init__(
         self, sender: OneSidedSender, address: str, pool: MappedPool, control: ControlLink | None, note: str
     ) -> None:
-        self.note = note
+        super().__init__(sender.transport, address, note)
         self._sender = sender
-        self._address = address
         self._pool = pool
         self._control = control
-        self._channel: grpc.aio.Channel | None = None
-        self._open: set[PlacedOutgoing] = set()
-        self._is_closed = False
 
-    @property
-    def transport(self) -> str:
-        return self._sender.transport
-
-    def open(
-        self, transfer_id: bytes, max_chunk_bytes: int | None = None, placement: Placement | None = None
-    ) -> PlacedOutgoing:
-        if self._is_closed:  # and the pool out of reach
-            raise TransferBroken("the link is closed")
+    def _start(self, transfer_id: bytes, max_chunk_bytes: int | None, placement: Placement | None) -> PlacedOutgoing:
         if placement is None or not self._pool.holds(placement):
             raise TransferRefused(f"a grant without pages of the receiver's pool: {placement}")
         sender = self._sender
         writer = self._pool.writer(placement)
-        outgoing = PlacedOutgoing(
+        return PlacedOutgoing(
             sender.memory,
             writer,
             self._announcer(transfer_id),
@@ -117,30 +104,18 @@ class _Link:
             sender.progress_s,
             max_chunk_bytes or sender.max_write_bytes,
         )
-        self._open.add(outgoing)
-        outgoing.add_closed_callback(self._open.discard)
-        return outgoing
 
-    async def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        outgoings = list(self._open)
-        for outgoing in outgoings:
-            outgoing.abort("the link closes")
-        await asyncio.gather(*(outgoing.wait_closed() for outgoing in outgoings))
+    async def _let_go(self) -> None:
         if self._control is not None:
             self._control.close()
-        if self._channel is not None:
-            await self._channel.close(None)
+        await super()._let_go()
         await asyncio.get_running_loop().run_in_executor(self._sender.threads.launching, self._pool.close)
 
     def _announcer(self, transfer_id: bytes) -> Announcer:
         if self._control is not None:
             return self._control.open(transfer_id)
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
-        return GrpcAnnouncer(self._channel, transfer_id, self._sender.source, self._sender.progress_s)
+        channel = self._connected(CHANNEL_OPTIONS)
+        return GrpcAnnouncer(channel, transfer_id, self._sender.source, self._sender.progress_s)
 
 
 def _let_go(mapping: "Future[MappedPool]") -> None:

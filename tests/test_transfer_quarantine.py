@@ -175,7 +175,7 @@ async def test_a_writer_repeats_its_fence_until_it_is_heard(monkeypatch: pytest.
     monkeypatch.setattr(peers, "RELEASE_TIMEOUT_S", 0.01)
     channel = grpc.aio.insecure_channel("127.0.0.1:9")
     link = await create_sender("grpc", make_memory(4), SOURCE).connect("127.0.0.1:9", Endpoint("grpc"))
-    monkeypatch.setattr(type(link), "transport", "cuda_ipc")
+    monkeypatch.setattr(link, "transport", "cuda_ipc")
     peer = peers.Peer(kv.WorkerRef(worker_id="decode-0"), channel, link, "", 16, OpenTransfers())
     peer._stub = stub = Deaf(peers.RELEASE_TRIES + 3)  # type: ignore[assignment]
     await peer.release(b"ticket", "given up")
