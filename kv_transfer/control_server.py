@@ -70,10 +70,6 @@ class ControlServer:
         self._thread.join()
         os.close(self._wake)
 
-    @property
-    def num_links(self) -> int:
-        return len(self._links)
-
     # On the thread
 
     def _serve(self) -> None:

@@ -19,7 +19,6 @@ exchanged, or left as they were, are seen but for a chance of about 2^-40. (Mult
 import math
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 
@@ -126,11 +125,6 @@ def unit_tokens(source_size: int, target_size: int, start: int, stop: int, most:
     a power of two."""
     common = math.gcd(source_size, target_size, start, stop)
     return min(common & -common, most)
-
-
-def total(digests: torch.Tensor) -> int:
-    """The digest of what one launch moved: its programs' sums, modulo 2^64."""
-    return int(digests.sum()) % 2**64
 
 
 # All 23 numbers, or a variant for each that is 1 or a multiple of 16 would be compiled in the middle of a transfer.

@@ -19,14 +19,11 @@ from decode_worker import fencing, kv_service
 from kv_transfer import locality, nixl
 from kv_transfer.base import TransferRefused
 from kv_transfer.open_transfers import OpenTransfers
-from protos import inference_pb2_grpc
 from protos import kv_transfer_pb2 as kv
 from protos import kv_transfer_pb2_grpc as kv_grpc
-from router.config import RouterConfig
-from router.server import Router
 from tests.service import request, service
 from tests.transfer import needs_nixl
-from tests.worker_process import WorkerProcess
+from tests.worker_process import WorkerProcess, serving
 
 SMALL = {"load_format": "dummy", "num_blocks": 128, "max_num_batched_tokens": 16, "num_threads": 1}
 
@@ -137,26 +134,8 @@ async def two_hosts(model) -> AsyncIterator[tuple[Any, WorkerProcess, WorkerProc
             for role in ("prefill", "decode")
         )
     )
-    members = [worker.member for worker in workers]
-    router = Router(RouterConfig(served_model_name="test-model"), model)
-    try:
-        address = await router.start()
-        router.set_members(members)
-        for worker in workers:
-            worker.tell(members)
-        async with grpc.aio.insecure_channel(address) as channel:
-            yield inference_pb2_grpc.InferenceServiceStub(channel), *workers
-    finally:
-        await router.stop()
-        for worker in workers:
-            await worker.stop()
-
-
-async def status_where(worker: WorkerProcess, holds: Callable[[dict], Any], within_s: float = 20.0) -> dict:
-    async with asyncio.timeout(within_s):
-        while not holds(status := await worker.ask("status")):
-            await asyncio.sleep(0.005)
-        return status
+    async with serving(model, *workers) as stub:
+        yield stub, *workers
 
 
 @needs_nixl
@@ -166,10 +145,10 @@ async def test_a_writer_that_stops_in_the_middle(tiny, end: str):
     which the decode worker cannot see from another host: it believes the controller only."""
     async with two_hosts(tiny) as (stub, prefill, decode):
         call = stub.GenerateStream(request(list(range(1500)), 8, ignore_eos=True))
-        await status_where(decode, lambda status: status["kv_bytes_received"])
+        await decode.status_where(lambda status: status["kv_bytes_received"])
         prefill.signal(signal.SIGSTOP)
         call.cancel()
-        waiting = await status_where(decode, lambda s: any(one["age_s"] > 5 for one in s["silent_writers"]))
+        waiting = await decode.status_where(lambda s: any(one["age_s"] > 5 for one in s["silent_writers"]))
         assert waiting["quarantined_blocks"] == -(-1500 // 16) == waiting["total_blocks"] - waiting["free_blocks"]
         if end == "slow":
             prefill.signal(signal.SIGCONT)
@@ -178,7 +157,7 @@ async def test_a_writer_that_stops_in_the_middle(tiny, end: str):
             await asyncio.sleep(3)
             assert (await decode.ask("status"))["quarantined_blocks"] == waiting["quarantined_blocks"]
             await decode.ask(f"ended prefill-0 {prefill.member.incarnation}")
-        left = await status_where(decode, lambda status: not status["quarantined_blocks"])
+        left = await decode.status_where(lambda status: not status["quarantined_blocks"])
         assert left["free_blocks"] == left["total_blocks"] and not left["num_runs"]
         assert left["tickets_quarantined"] == 1 and not left["silent_writers"]
         await decode.ask("check")

@@ -66,10 +66,7 @@ class Chats:
         return answer
 
     async def status_where(self, role: str, holds: Callable[[dict], Any], within_s: float = 20.0) -> dict:
-        async with asyncio.timeout(within_s):
-            while not holds(status := await self.workers[role].ask("status")):
-                await asyncio.sleep(0.02)
-            return status
+        return await self.workers[role].status_where(holds, within_s)
 
     async def nothing_left(self, role: str) -> dict:
         def holds(status: dict) -> bool:

@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 from engine.kv_layout import FP8
 from kv_transfer import push_kernel, round_kernel
 from kv_transfer.base import BlockMemory
-from kv_transfer.push_kernel import Side, total
+from kv_transfer.push_kernel import Side
 from kv_transfer.rounding import RoundedMemory
 from tests.interpreter import patch as patch_interpreter
+from tests.interpreter import total
 from tests.rounding import written
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,12 +1,11 @@
 """The whole service with its engines on a GPU: the same tokens as on the CPU, in fp32, over each transport."""
 
 import asyncio
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.service import request, service, tiny_model
+from tests.service import request, service
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,20 +13,6 @@ pytestmark = [
 ]
 
 SIZES = {"num_blocks": 128, "block_size": 16, "max_num_batched_tokens": 64, "dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, since random weights are another device's others, with weights so large that its answers differ."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    directory = tiny_model(smollm2, tmp_path_factory.mktemp("checkpoint"), tie_word_embeddings=False)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(directory)
-    return directory
 
 
 def asked() -> list:
@@ -40,9 +25,9 @@ def asked() -> list:
 
 
 @pytest.mark.parametrize("transport", ["local", "grpc"])
-async def test_tokens_are_those_of_the_cpu(tiny, transport):
+async def test_tokens_are_those_of_the_cpu(checkpoint, transport):
     async def answers(device: str, **setup) -> tuple[list, int]:
-        async with service(tiny, engine={**SIZES, "device": device}, transport=transport, **setup) as s:
+        async with service(checkpoint, engine={**SIZES, "device": device}, transport=transport, **setup) as s:
             found = await asyncio.gather(*(s.generate(one) for one in asked()))
             canary = await s.workers[0].canary(s.workers[-1].me.worker_id, 4)
             assert canary["ok"], canary["error"]
@@ -55,8 +40,8 @@ async def test_tokens_are_those_of_the_cpu(tiny, transport):
     assert num_bytes > 0
 
 
-async def test_a_cancelled_request_leaves_nothing_on_the_gpu(tiny):
-    async with service(tiny, engine={**SIZES, "device": "cuda"}) as s:
+async def test_a_cancelled_request_leaves_nothing_on_the_gpu(checkpoint):
+    async with service(checkpoint, engine={**SIZES, "device": "cuda"}) as s:
         call = s.stub.GenerateStream(request(list(range(400)), 1000, ignore_eos=True))
         await call.read()
         call.cancel()
@@ -64,9 +49,9 @@ async def test_a_cancelled_request_leaves_nothing_on_the_gpu(tiny):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-async def test_an_engine_works_on_the_gpu_it_was_given(tiny):
-    async with service(tiny, engine={**SIZES, "device": "cuda:0"}, transport="grpc") as s:
+async def test_an_engine_works_on_the_gpu_it_was_given(checkpoint):
+    async with service(checkpoint, engine={**SIZES, "device": "cuda:0"}, transport="grpc") as s:
         expected = [(await s.generate(one)).token_ids for one in asked()[:3]]
     placed = {"device": "cuda:1"}
-    async with service(tiny, engine={**SIZES, "device": "cuda:0"}, decode_engine=placed, transport="grpc") as s:
+    async with service(checkpoint, engine={**SIZES, "device": "cuda:0"}, decode_engine=placed, transport="grpc") as s:
         assert [(await s.generate(one)).token_ids for one in asked()[:3]] == expected

@@ -4,29 +4,17 @@ import asyncio
 import importlib.util
 from pathlib import Path
 
-import grpc.aio
 import pytest
 import torch
 
-from protos import inference_pb2_grpc
-from router.config import RouterConfig
-from router.server import Router
 from tests.service import NOTHING_LEFT, collect, request, service
-from tests.worker_process import WorkerProcess
+from tests.worker_process import WorkerProcess, serving
 
 SIZES = {"num_blocks": 128, "block_size": 16, "max_num_batched_tokens": 64, "dtype": "float32", "num_threads": 1}
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 NIXL = pytest.mark.skipif(
     not any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13")), reason="needs NIXL"
 )
-
-
-async def nothing_left(worker: WorkerProcess) -> None:
-    async with asyncio.timeout(10):
-        status = await worker.ask("status")
-        while any(status[name] for name in NOTHING_LEFT):
-            await asyncio.sleep(0.05)
-            status = await worker.ask("status")
 
 
 @pytest.mark.parametrize(
@@ -55,23 +43,11 @@ async def test_the_same_tokens_as_in_one_process(checkpoint: Path, transport: st
         )
     ]
     workers = await asyncio.gather(*starting)
-    members = [worker.member for worker in workers]
-    router = Router(RouterConfig(served_model_name="test-model"), checkpoint)
-    try:
-        address = await router.start()
-        router.set_members(members)
-        for worker in workers:
-            worker.tell(members)
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            answers = await asyncio.gather(*(collect(stub.GenerateStream(one, timeout=60)) for one in asked))
+    async with serving(checkpoint, *workers) as stub:
+        answers = await asyncio.gather(*(collect(stub.GenerateStream(one, timeout=60)) for one in asked))
         assert [answer.token_ids for answer in answers] == expected
         assert {answer.timings.kv_transport for answer in answers} == {transport}
         assert all(answer.timings.kv_transfer_bytes and not answer.timings.retries for answer in answers)
         for worker in workers:
-            await nothing_left(worker)
+            await worker.status_where(lambda status: not any(status[name] for name in NOTHING_LEFT), 10.0)
             await worker.ask("check")
-    finally:
-        await router.stop()
-        for worker in workers:
-            await worker.stop()

@@ -10,13 +10,22 @@ does not fail.
 import asyncio
 import json
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
 
 from cluster.worker import Worker
 from engine.config import EngineConfig
 from kv_transfer import locality
 from kv_transfer.base import Manifest, Outgoing
 from kv_transfer.peers import Peer
+from protos.inference_pb2_grpc import InferenceServiceStub
 from protos.worker_pb2 import Member, Members
+from router.config import RouterConfig
+from router.server import Router
 
 
 class WorkerProcess:
@@ -47,6 +56,13 @@ class WorkerProcess:
         self._process.stdin.write(what.encode() + b"\n")
         return json.loads(await asyncio.wait_for(self._process.stdout.readline(), 30))
 
+    async def status_where(self, holds: Callable[[dict], Any], within_s: float = 20.0) -> dict:
+        """Its status, once that of which `holds` is true."""
+        async with asyncio.timeout(within_s):
+            while not holds(status := await self.ask("status")):
+                await asyncio.sleep(0.005)  # a transfer's middle is short
+            return status
+
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
@@ -55,6 +71,24 @@ class WorkerProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
         await self._process.wait()
+
+
+@asynccontextmanager
+async def serving(model: Path, *workers: WorkerProcess) -> AsyncIterator[InferenceServiceStub]:
+    """The stub of a router over these workers, which end with it."""
+    members = [worker.member for worker in workers]
+    router = Router(RouterConfig(served_model_name="test-model"), model)
+    try:
+        address = await router.start()
+        router.set_members(members)
+        for worker in workers:
+            worker.tell(members)
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield InferenceServiceStub(channel)
+    finally:
+        await router.stop()
+        for worker in workers:
+            await worker.stop()
 
 
 async def main(role: str, model: str, transport: str, engine: str, options: str) -> None:
