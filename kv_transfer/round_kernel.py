@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from kv_transfer import triton_launch
-from kv_transfer.push_kernel import CHUNK_WORDS, NUM_WARPS, Side, digest, place, unit_tokens
+from kv_transfer.push_kernel import (
+    CHUNK_WORDS,
+    NUM_WARPS,
+    Side,
+    digest,
+    divider,
+    linear_weight,
+    place,
+    quotient,
+    unit_tokens,
+)
 from kv_transfer.relayout import TileRange
 
 # A program's tile is smaller, and it has fewer of them at a time: between load and store there is work in registers.
@@ -56,14 +66,13 @@ def launch(
         guard,
         generation,
         (stop - start) * values.num_tiles,
-        values.num_tiles,
         start,
-        unit_tokens(source.block_size, target.block_size, start, stop, num_rows),
+        unit_tokens(source.block_size, target.block_size, start, stop, num_rows).bit_length() - 1,
+        values.num_tiles,
+        *divider(values.num_tiles),
         source.first_block,
         target.first_block,
         *(number // size for at, size in zip(places, sizes, strict=True) for number in at),
-        rows.part_tiles or rows.num_tiles,
-        values.part_tiles,
         values.first_tile,
         scales.first_tile,
         values.part_step,
@@ -71,6 +80,8 @@ def launch(
     constants = dict(
         SOURCE_SIZE=source.block_size,
         TARGET_SIZE=target.block_size,
+        SOURCE_TILES=rows.part_tiles or rows.num_tiles,
+        TARGET_TILES=values.part_tiles,
         DTYPE=DTYPES[dtype],
         DIM=dim,
         COLUMNS=columns,
@@ -96,9 +107,11 @@ def round_kernel(
     guard,
     generation,
     num_rows,
-    num_tiles,
     start,
-    unit,
+    unit_bits,
+    num_tiles,
+    tiles_by,
+    tiles_bits,
     source_first_block,
     target_first_block,
     source_before,  # the next three in elements of the source
@@ -110,13 +123,13 @@ def round_kernel(
     scale_before,  # in bytes
     scale_part,
     scale_block,
-    source_part_tiles,
-    part_tiles,
     first_value,
     first_scale,
     tile_step,
     SOURCE_SIZE: tl.constexpr,
     TARGET_SIZE: tl.constexpr,
+    SOURCE_TILES: tl.constexpr,
+    TARGET_TILES: tl.constexpr,
     DTYPE: tl.constexpr,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -142,6 +155,8 @@ def round_kernel(
     if GUARDED:
         held = tl.load(tl.cast(guard, tl.pointer_type(tl.int64)), volatile=True)
         num_rows = tl.where(held == generation, num_rows, 0)
+    source_pages = tl.cast(source_pages, tl.pointer_type(tl.int32)) - source_first_block
+    target_pages = tl.cast(target_pages, tl.pointer_type(tl.int32)) - target_first_block
     line = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
     word = tl.arange(0, WORDS)[None, :]
@@ -150,18 +165,20 @@ def round_kernel(
     for chunk in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=NUM_STAGES):
         row = chunk * ROWS + line
         live = row < num_rows
-        tile, token = row // unit % num_tiles, start + row // unit // num_tiles * unit + row % unit
+        unit = row >> unit_bits
+        units = quotient(unit, tiles_by, tiles_bits)
+        tile, token = unit - units * num_tiles, start + (units << unit_bits) + (row & ((1 << unit_bits) - 1))
         from_row = place(
-            *(tile, token, live, source_pages, source_first_block, source_block, source_before, source_part),
-            *(source_part_tiles, SOURCE_SIZE, DIM, SOURCE_ALIGN),
+            *(tile, token, live, source_pages, source_block, source_before, source_part),
+            *(SOURCE_TILES, SOURCE_SIZE, DIM, SOURCE_ALIGN),
         )
         value_row = place(
-            *(tile, token, live, target_pages, target_first_block, value_block, value_before, value_part),
-            *(part_tiles, TARGET_SIZE, DIM // WORD_BYTES, TARGET_ALIGN),
+            *(tile, token, live, target_pages, value_block, value_before, value_part),
+            *(TARGET_TILES, TARGET_SIZE, DIM // WORD_BYTES, TARGET_ALIGN),
         )
         scale_row = place(
-            *(tile, token, live, target_pages, target_first_block, scale_block, scale_before, scale_part),
-            *(part_tiles, TARGET_SIZE, 1, 1),
+            *(tile, token, live, target_pages, scale_block, scale_before, scale_part),
+            *(TARGET_TILES, TARGET_SIZE, 1, 1),
         )
         x = tl.load(source + (from_row[:, None] + column), mask=live[:, None] & (column < DIM), other=0)
         x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True) if DTYPE == "bfloat16" else x.to(tl.float32)
@@ -173,9 +190,9 @@ def round_kernel(
         scale = tl.where(live, scale, 0).to(tl.uint8)
         tl.store(values + (value_row[:, None] + word), words, mask=live[:, None] & (word < DIM // WORD_BYTES))
         tl.store(scales + scale_row, scale, mask=live)
-        number = tile // part_tiles * tile_step + tile % part_tiles
-        seen += digest(words, first_value + number, token, ROWS, WORDS)
-        seen_scales += digest(scale[:, None], first_scale + number, token, ROWS, 1)
+        number = tile // TARGET_TILES * tile_step + tile % TARGET_TILES
+        seen += digest(words, linear_weight(first_value + number, token), ROWS, WORDS)
+        seen_scales += digest(scale[:, None], linear_weight(first_scale + number, token), ROWS, 1)
     digests = tl.cast(digests, tl.pointer_type(tl.int64))
     both = tl.sum(tl.sum(seen, axis=1), axis=0) + tl.sum(tl.sum(seen_scales, axis=1), axis=0)
     tl.store(digests + tl.program_id(0), both.to(tl.int64, bitcast=True))

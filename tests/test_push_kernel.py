@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from kv_transfer.push_kernel import Side, launch
+from kv_transfer.push_kernel import Side, divider, launch
 from kv_transfer.relayout import TileRange, Tiles, tile_ranges
 from tests.interpreter import patch as patch_interpreter
 from tests.interpreter import total
@@ -95,18 +95,29 @@ LONG = ((Tiles(2, 256), Tiles(2, 256), Tiles(4, 1)), (Tiles(4, 256), Tiles(4, 25
 
 
 @pytest.mark.parametrize("layers", [EVEN, UNEVEN, SCALED, LONG], ids=["even", "uneven", "scaled", "long"])
-@pytest.mark.parametrize("sizes", [(16, 16), (16, 64), (64, 16), (32, 48)], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 16), (48, 48), (64, 64), (16, 64), (64, 16), (32, 48)], ids=str)
 @pytest.mark.parametrize("part", [(0, 3), (1, 2)], ids=str)
 def test_rows_land_where_they_belong(layers, sizes, part):
     source, target = Pool(sizes[0], layers, 12, seed=1), Pool(sizes[1], layers, 12)
     pages, target_pages = [7, 3, 11, 0, 5, 2, 9, 1, 4, 6, 8, 10], [5, 9, 2, 8, 1, 11, 0, 3, 6, 4, 7, 10]
-    tokens = range(16, 96)
+    tokens = range(64, 192) if sizes == (64, 64) else range(48, 96) if sizes == (48, 48) else range(16, 96)
     digest = move(source, target, pages, target_pages, tokens, part)
     sent = source.rows(pages, tokens, part)
     assert target.rows(target_pages, tokens, part) == sent
     assert digest == digest_of(sent) == move(target, None, target_pages, target_pages, tokens, part)
     # nothing else was touched
     assert int(target.slab.count_nonzero()) == sum(np.count_nonzero(np.frombuffer(r, np.uint8)) for r in sent.values())
+
+
+def test_division_by_multiplication():
+    rng = np.random.default_rng(0)
+    for divisor in (*range(1, 300), *rng.integers(300, 1 << 20, 300).tolist()):
+        by, bits = divider(divisor)
+        assert by < 1 << 31
+        most = ((1 << 30) - 1) // divisor
+        for times in (0, 1, most - 1, most, int(rng.integers(most))):
+            for number in (times * divisor, min(times * divisor + divisor - 1, (1 << 30) - 1)):
+                assert number * by >> bits == number // divisor
 
 
 def test_a_slice_of_heads():
