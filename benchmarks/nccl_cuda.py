@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cuda_peer import make_memory
-from benchmarks.transfer_cuda import DIM, HEADS, LAYERS, MOVED, POOL, milliseconds
+from benchmarks.transfer_cuda import DIM, HEADS, LAYERS, milliseconds
+from benchmarks.transfer_whole import num_pages, pool_size
 
 ROUNDS, STRETCH = 9, 8
 
@@ -30,9 +31,10 @@ def main(rank: int, block_sizes: list[int]) -> None:
     took = milliseconds(lambda: (dist.recv if rank else dist.send)(data, 1 - rank), ROUNDS)
     found = {"contiguous": data.nbytes / 1e6 / took}
     for block_size in block_sizes:
-        memory = make_memory(str(device), block_size, POOL, LAYERS, HEADS, DIM, seed=1 if rank == 0 else None)
+        pool, count = pool_size(block_size), num_pages(block_size)
+        memory = make_memory(str(device), block_size, pool, LAYERS, HEADS, DIM, seed=1 if rank == 0 else None)
         words = memory.slab.view(torch.int64)
-        pages = torch.tensor(random.Random(rank).sample(range(POOL), MOVED), device=device)
+        pages = torch.tensor(random.Random(rank).sample(range(pool), count), device=device)
         offsets = [memory.layer_offsets[layer] // 8 for layer in range(0, LAYERS + 1, STRETCH)]
         stretches = [words[:, start:stop] for start, stop in pairwise(offsets)]
         token = torch.zeros(1, dtype=torch.int64, device=device)
@@ -43,7 +45,7 @@ def main(rank: int, block_sizes: list[int]) -> None:
 
         if rank == 0:
             check = words[pages].sum().view(1)
-        found[str(block_size)] = MOVED * memory.slab.shape[1] / 1e6 / milliseconds(work, ROUNDS)
+        found[str(block_size)] = count * memory.slab.shape[1] / 1e6 / milliseconds(work, ROUNDS)
         if rank == 1:
             check = words[pages].sum().view(1)
         both = [torch.empty_like(check) for _ in range(2)]
