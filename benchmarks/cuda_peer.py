@@ -27,6 +27,7 @@ from kv_transfer.relayout import Tiles
 from protos.grpc_options import SERVER_OPTIONS
 
 SOURCE = ("sender", "0")
+SWITCH_S = 2e-4  # as in workers: how long a thread may keep Python to itself
 
 
 def make_memory(
@@ -112,6 +113,7 @@ async def _line(process: asyncio.subprocess.Process) -> bytes:
 
 
 async def main(device: str, numbers: list[int]) -> None:
+    sys.setswitchinterval(SWITCH_S)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     await serve(make_memory(device, *numbers))

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cuda_peer import SOURCE, Peer, make_memory
+from benchmarks.cuda_peer import SOURCE, SWITCH_S, Peer, make_memory
 from benchmarks.transfer_whole import STRETCHES, num_pages, pool_size, steady, transfers
 from benchmarks.unchecked import no_digest_taken
 from kv_transfer.base import BlockMemory, Link
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--programs", type=int, nargs="+", default=[32, 64, 132])
     args = parser.parse_args()
     assert torch.cuda.device_count() >= 2, "two GPUs are needed"
+    sys.setswitchinterval(SWITCH_S)
     torch.cuda.set_device(0)
     found: dict[str, Any] = {"copy": peer_copy()}
     print(f"{'contiguous peer copy':<56}{found['copy']:8.1f} GB/s", flush=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cuda_peer import SOURCE, Peer, make_memory, serve
+from benchmarks.cuda_peer import SOURCE, SWITCH_S, Peer, make_memory, serve
 from benchmarks.transfer_whole import STRETCHES, WARM_UP, num_pages, pool_size, push
 from kv_transfer import create
 from kv_transfer.base import BlockMemory, Link
@@ -59,10 +59,12 @@ def around(owner: Any, method: str, before: str = "", after: str = "") -> None:
 
 def trace_sender(transport: str) -> None:
     if transport == "cuda_ipc":
-        from kv_transfer import cuda_ipc
+        from kv_transfer import cuda_copy, cuda_ipc
 
         writer, write = cuda_ipc._Writer, cuda_ipc._Write
         time_writes()
+        around(cuda_ipc._Pool, "tables", after="page table made")
+        around(cuda_copy, "copy_blocks", "copying", "copy called")
     else:
         from kv_transfer import nixl
 
@@ -80,7 +82,7 @@ def trace_sender(transport: str) -> None:
 
 
 def time_writes() -> None:
-    """How long the GPU had for each write, from its look at the guard to its end. Before the first one."""
+    """How long the GPU had for each write, from where its stream came to it to its end. Before the first one."""
     from kv_transfer.cuda_slot import Slot
 
     torch.cuda.Event = functools.partial(torch.cuda.Event, enable_timing=True)  # type: ignore[assignment, misc]
@@ -109,6 +111,7 @@ def trace_receiver(is_cuda: bool) -> None:
 
 async def peer_main(device: str, *numbers: str) -> None:
     is_cuda = device.startswith("cuda")
+    sys.setswitchinterval(SWITCH_S)
     if is_cuda:
         torch.cuda.set_device(device)
     memory = make_memory(device, *map(int, numbers))
@@ -209,6 +212,7 @@ def main() -> None:
     parser.add_argument("--stretches", type=int, nargs="+", default=[1, STRETCHES], help="pushes a transfer")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: smaller pages, by nixl")
+    sys.setswitchinterval(SWITCH_S)
     return asyncio.run(traced(parser.parse_args()))
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import mmap
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from kv_transfer.rounding import RoundedMemory
 from kv_transfer.staging import side_stream
 
 NUM_PROGRAMS = 32  # of a push: what fills NVLink and leaves the model its multiprocessors (docs/performance.md)
+LIFE_S = 0.005  # for which a process that was seen to live is taken to
 _GUARDS = re.compile(r"/proc/\d+/fd/\d+")
 _log = logging.getLogger(__name__)
 
@@ -177,16 +179,17 @@ class _Pool:
         target = Side(self.address, self.handle.block_bytes, self.handle.block_size, pages.theirs, 0)
         with torch.cuda.stream(self.stream):
             slot = self._slots.take(len(ranges), self.num_programs)
+            if self._is_copied(rect) and self._copy(source, target, rect, tokens, pages, placement, slot):
+                return _Write(None, slot, len(ranges), self._slots, pages, slot.digested)
             pages.fill(rect.block_start, rect.block_ids, self.stream)
             guard = 0
-            if self._is_copied(rect) and self._copy(source, target, rect, tokens, placement, slot):
-                return _Write(None, slot, len(ranges), self._slots, pages)
             # What is launched on an idle stream begins at once: our own look, just now, is as good.
             if self._guards_at and (rect.after is not None or not self.stream.query()):
                 guard = slot.word
                 self._looks.look(self._guards_at + 8 * placement.guard, slot, rect.after)  # type: ignore[arg-type]
             elif rect.after is not None:
                 self.stream.wait_event(rect.after)  # type: ignore[arg-type]  # a torch.cuda.Event, where CUDA is
+            self._looks.begins(slot)
             at = slot.address
             for tiles in ranges:
                 self._launch(source, target, tokens, tiles, at, self.num_programs, guard, placement.generation)
@@ -200,28 +203,37 @@ class _Pool:
         return self._beside is not None and run >= cuda_copy.MIN_RUN_BYTES and is_final
 
     def _copy(
-        self, source: Side, target: Side, rect: Rect, tokens: tuple[int, int], placement: Placement, slot: Slot
+        self,
+        source: Side,
+        target: Side,
+        rect: Rect,
+        tokens: tuple[int, int],
+        pages: PageTables,
+        placement: Placement,
+        slot: Slot,
     ) -> bool:
-        """By the copy engine, while the kernel digests on a stream beside. False: it cannot, now or later."""
-        beside = self._beside
+        """By the copy engine, and by the kernel a digest on a stream beside, neither of which waits for the other.
+        False: it cannot, now or later."""
+        offsets, beside = self.memory.layer_offsets, self._beside
         assert beside is not None
-        beside.wait_stream(self.stream)  # for the page table
-        with torch.cuda.stream(beside):
-            at = slot.address
-            for tiles in self._ranges(rect.layer_start, rect.layer_stop):
-                self._launch(source, None, tokens, tiles, at, self.num_programs)
-                at += slot.row_bytes
-        offsets = self.memory.layer_offsets
         theirs = placement.page_ids[rect.block_start : rect.block_start + len(rect.block_ids)]
         run = offsets[rect.layer_start], offsets[rect.layer_stop]
+        self._looks.begins(slot)
         try:
             cuda_copy.copy_blocks(source, target, rect.block_ids, theirs, run, self.stream)
         except cuda_driver.DriverError as error:
             _log.warning("the copy engine is left out from now on: %s", error)
             self._beside = None
-        self.stream.wait_stream(beside)
+            return False
         slot.done.record(self.stream)
-        return self._beside is not None
+        with torch.cuda.stream(beside):
+            pages.fill(rect.block_start, rect.block_ids, beside)
+            at = slot.address
+            for tiles in self._ranges(rect.layer_start, rect.layer_stop):
+                self._launch(source, None, tokens, tiles, at, self.num_programs)
+                at += slot.row_bytes
+            slot.digested.record(beside)
+        return True
 
     def close(self) -> None:
         self.stream.synchronize()
@@ -250,6 +262,7 @@ class _Writer:
     def __init__(self, pool: _Pool, placement: Placement) -> None:
         self._pool = pool
         self._pages = pool.tables(placement)
+        self._lived_s = 0.0  # when the receiver's process was last seen to live
 
     def write(self, rect: Rect, placement: Placement) -> "_Write":
         """What our last, partly filled block has behind the receiver's last page is left out."""
@@ -260,8 +273,12 @@ class _Writer:
             raise TransferBroken(f"token {last - 1} is pushed: {len(placement.page_ids)} blocks were granted")
         if not pool.is_live(placement):
             raise TransferRefused("the receiver has revoked the ticket")
-        if pool.life.is_over:  # its guards stay as they were
-            raise TransferBroken("the receiver's process has ended")
+        # Its guards stay as they were. Asking takes Python's lock away for a while, and a write that comes too late
+        # harms nobody: the pool stays mapped.
+        if (now_s := time.monotonic()) > self._lived_s + LIFE_S:
+            if pool.life.is_over:
+                raise TransferBroken("the receiver's process has ended")
+            self._lived_s = now_s
         return pool.push(rect, tokens, self._pages, placement)
 
 
@@ -272,12 +289,15 @@ class _Write:
     num_ranges: int
     slots: Slots
     pages: PageTables  # kept until they have been read
+    digested: torch.cuda.Event | None = None  # where that is not part of the write
 
     def wait(self) -> int:
         # Asleep while the layers are computed, which may take long; polling, in the driver, for the push itself.
         if self.after is not None:
             self.after.synchronize()
         self.slot.done.synchronize()
+        if self.digested is not None:
+            self.digested.synchronize()
         digest = self.slot.digest(0, self.num_ranges)
         self.slots.give_back(self.slot)
         return digest

@@ -20,8 +20,8 @@ DIGEST_PROGRAMS = 64
 
 
 class PageTables:
-    """The page ids of one transfer at its sender: theirs, known from the start, and ours, as they are pushed. Made
-    while the stream that reads them is current, and kept as long as it does."""
+    """The page ids of one transfer at its sender: theirs, known from the start, and ours, as they are pushed. Kept as
+    long as a stream reads them."""
 
     def __init__(self, theirs: Sequence[int], num_ours: int, device: torch.device) -> None:
         self._first = -(-len(theirs) // 4) * 4  # of ours: 16 bytes, as everything the kernel was compiled for
@@ -30,7 +30,7 @@ class PageTables:
         self._known[: len(theirs)] = theirs
         self._known[self._first :] = -1
         self._table = torch.empty(len(self._staged), dtype=torch.int32, device=device)
-        self._is_there = False  # theirs, on the device
+        self._stream: torch.cuda.Stream | None = None  # that has brought theirs, and what is known of ours
         self._last: tuple[int, Sequence[int]] = (0, ())  # that was filled in
 
     @property
@@ -43,7 +43,11 @@ class PageTables:
         return self._table.data_ptr() + 4 * self._first
 
     def fill(self, block_start: int, block_ids: Sequence[int], stream: torch.cuda.Stream) -> None:
-        """Our pages of the logical blocks from `block_start` on; they never change. The stream's device is current."""
+        """Our pages of the logical blocks from `block_start` on; they never change. What is launched on `stream` next
+        finds them. The stream's device is current."""
+        if self._stream is not None and self._stream is not stream:
+            stream.wait_stream(self._stream)
+            self._stream = stream
         if self._last == (block_start, block_ids):
             return
         self._last = block_start, block_ids
@@ -54,10 +58,10 @@ class PageTables:
             return
         assert (known == -1).all(), "another page for a block that is on its way"
         known[:] = new
-        first = start if self._is_there else 0
+        first = start if self._stream is not None else 0
         target, source = self._table.data_ptr() + 4 * first, self._staged.data_ptr() + 4 * first
         copy_to_device(target, source, 4 * (stop - first), stream)
-        self._is_there = True
+        self._stream = stream
 
 
 def table(memory: BlockMemory, block_ids: Sequence[int]) -> torch.Tensor:

@@ -12,19 +12,20 @@ MAX_RANGES = 8  # launches of one write; more get a slot of their own
 class Slot:
     """Pinned rows for the sums of a few kernels, and the events around them."""
 
-    def __init__(self, num_rows: int, num_programs: int, device: torch.device) -> None:
-        sums = torch.empty(num_rows, num_programs, dtype=torch.int64, pin_memory=True)
-        self.num_programs = num_programs
+    def __init__(self, num_rows: int, most_programs: int, device: torch.device) -> None:
+        sums = torch.empty(num_rows, most_programs, dtype=torch.int64, pin_memory=True)
+        self.most_programs = self.num_programs = most_programs
         self.address = sums.data_ptr()
-        self.row_bytes = 8 * num_programs
+        self.row_bytes = 8 * most_programs
         self._sums = sums.numpy()  # keeps them
         self._word = torch.empty(1, dtype=torch.int64, device=device)
         self.word = self._word.data_ptr()  # on the device: what a guard held when it was looked at
         self.looked, self.began, self.done = torch.cuda.Event(), torch.cuda.Event(), torch.cuda.Event()
+        self.digested = torch.cuda.Event()  # where another stream takes the digest
 
     def digest(self, first: int, stop: int) -> int:
         """What the launches whose sums are in rows [first, stop) have digested, modulo 2^64."""
-        return int(self._sums[first:stop].sum()) % 2**64  # int64 wraps around
+        return int(self._sums[first:stop, : self.num_programs].sum()) % 2**64  # int64 wraps around
 
 
 class Slots:
@@ -39,8 +40,9 @@ class Slots:
             slot = self._free.pop()
         except IndexError:
             slot = None
-        if slot is None or slot.num_programs != num_programs or num_rows > MAX_RANGES:
+        if slot is None or slot.most_programs < num_programs or num_rows > MAX_RANGES:
             slot = Slot(max(num_rows, MAX_RANGES), num_programs, self._device)
+        slot.num_programs = num_programs
         return slot
 
     def give_back(self, slot: Slot) -> None:
@@ -69,5 +71,8 @@ class Looks:
         cuda_driver.copy_to_device(slot.word, guard, 8, self._stream)
         slot.looked.record(self._stream)
         self._writes.wait_event(slot.looked)
+
+    def begins(self, slot: Slot) -> None:
+        """The slot's write is what the stream of writes comes to next."""
         slot.began.record(self._writes)
         self._before = slot.began

@@ -164,6 +164,24 @@ async def test_long_runs_go_by_the_copy_engine_and_what_it_refuses_by_the_kernel
         assert it.is_equal([6, 7], [20, 21]) and pool._beside is None
 
 
+async def test_copies_do_not_wait_for_digests_and_digests_not_for_copies(monkeypatch: pytest.MonkeyPatch):
+    async with pushing(monkeypatch, copies=True) as it:
+        pool = it.link._pool  # type: ignore[attr-defined]
+        for held in (pool._beside, pool.stream):
+            blocked = Event().hold()
+            held.wait_event(blocked)
+            transfer_id, outgoing = it.open([9, 4, 7])
+            outgoing.push([1, 2], 0, 0, LAYERS)
+            outgoing.push([3], 2, 0, LAYERS)
+            Gpu.advance()
+            assert len(held.work) > 2 and not (pool.stream if held is pool._beside else pool._beside).work
+            assert it.is_equal([1, 2, 3], [9, 4, 7]) == (held is pool._beside)
+            blocked.let_pass()
+            await it.receiver.commit(transfer_id, await outgoing.finish())
+            assert it.is_equal([1, 2, 3], [9, 4, 7])
+            it.target.slab.zero_()
+
+
 async def test_a_kernel_that_fails_says_so_and_the_stream_goes_on(monkeypatch: pytest.MonkeyPatch):
     async with pushing(monkeypatch) as it:
         launch = cuda_ipc.launch
