@@ -102,6 +102,17 @@ def chunk_tile(dim: int, dtype: torch.dtype, is_roomy: bool) -> ChunkTile:
     return ChunkTile(64 if item <= 512 else 32, 64 if item <= 256 else 32, 4 if item <= 256 else 8)
 
 
+def chunk_widths(key_dim: int, value_dim: int, is_scaled: bool) -> tuple[int, int]:
+    """How wide the prefill kernel's tiles of K and V are: powers of two that hold them.
+
+    K and V of float8 become 16 bits wide in one shared buffer after another at the same address, where Hopper's matrix
+    instructions want rows of up to 128 bytes swizzled by their width. If K's differ from V's, ptxas 12.8 takes the
+    address of all of V's slices but the first from a register that nobody has set (tests/sass.py): so they are alike.
+    """
+    key, value = max(16, ops.power_of_two(key_dim)), ops.power_of_two(value_dim)  # a dot sums over at least 16
+    return (max(key, min(value, 64)), max(value, min(key, 64))) if is_scaled else (key, value)
+
+
 def count_tiles(kv_len: int, window: int, tile: int) -> int:
     """How many tiles a row of one query reads. Those wholly before its window are skipped."""
     skipped = max(kv_len - window, 0) // tile if window else 0
@@ -194,6 +205,7 @@ def attend_chunks(
 
     num_heads = query.shape[1]
     tile = workspace.chunk_tile
+    key_block, value_block = chunk_widths(span.key_dim, span.value_dim, cache.is_scaled)
     prefill_kernel[(num_heads, tensors.work.shape[0])](
         query,
         cache.elements,
@@ -214,9 +226,9 @@ def attend_chunks(
         span.num_kv_heads,
         GROUP=num_heads // span.num_kv_heads,
         KEY_DIM=span.key_dim,
-        KEY_BLOCK=max(16, ops.power_of_two(span.key_dim)),  # what a dot sums over is 16 wide at least
+        KEY_BLOCK=key_block,
         VALUE_DIM=span.value_dim,
-        VALUE_BLOCK=ops.power_of_two(span.value_dim),
+        VALUE_BLOCK=value_block,
         BLOCK_SIZE=cache.layout.block_size,
         QUERIES=tile.queries,
         BLOCK=tile.keys,

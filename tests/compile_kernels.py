@@ -1,5 +1,6 @@
 """Compiles every Triton kernel for a GPU that need not be there: `python -m tests.compile_kernels 90`, apart from the
-tests' process, which has Triton's interpreter in the compiler's place. Prints a line each; ends with 1 if any fails.
+tests' process, which has Triton's interpreter in the compiler's place. Prints a line each; ends with 1 if any fails,
+takes more shared memory than there is, or has machine code that ptxas got wrong (tests/sass.py).
 
 What a start would launch, for real widths and few tokens, is compiled instead of launched; so are the kernels of
 rarer models, and those that move pages, whose addresses may then be anything.
@@ -29,6 +30,7 @@ from engine.verify import dummy_sequence
 from kv_transfer import push_kernel, round_kernel, triton_launch
 from kv_transfer.push_kernel import Side
 from kv_transfer.relayout import Tiles, tile_ranges
+from tests.sass import unset_registers
 
 SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # that a block of threads can have, by capability
 CPU = torch.device("cpu")
@@ -52,6 +54,14 @@ STARTS = [
     ({**LLAMA, "model_type": "gemma2", **SOFT}, "bfloat16", "fp8"),
 ]
 
+RARER = [
+    ("sinks", 64, 8, 64, 64),
+    ("wide K", 16, 16, 192, 128),
+    ("narrow V", 4, 4, 24, 16),
+    ("half as wide V", 8, 8, 64, 32),
+    ("half as wide K", 8, 8, 32, 64),
+]
+
 
 def of_starts(has_fp8: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     for raw, dtype, kv_dtype in STARTS:
@@ -65,7 +75,7 @@ def of_starts(has_fp8: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 def of_rarer_models(has_fp8: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Attention with sinks, with K wider than V, and what writes their KV."""
     for kv_dtype in (None, FP8) if has_fp8 else (None,):
-        for name, heads, kv_heads, key_dim, value_dim in (("sinks", 64, 8, 64, 64), ("wide K", 16, 16, 192, 128)):
+        for name, heads, kv_heads, key_dim, value_dim in RARER:
             layout = KVLayout.of("m", "", "", "bfloat16", 64, [LayerShape(kv_heads, key_dim, value_dim)], kv_dtype)
             cache = KVCache(layout, 2, CPU)
             space = Workspace(cache, 8, heads)
@@ -144,6 +154,8 @@ def main(capability: int) -> int:
             print(
                 f"{what}: {self.fn.__name__}, {len(kernel.asm['cubin'])} bytes, {shared} of shared memory", flush=True
             )
+            if unset := unset_registers(kernel.asm["cubin"]):
+                raise AssertionError(f"{self.fn.__name__} reads registers that nothing has set: {unset}")
         if shared > SHARED_BYTES[capability]:
             raise MemoryError(f"{self.fn.__name__} takes {shared} bytes of shared memory")
 
