@@ -1,5 +1,7 @@
 """The device an engine runs on, and how much of its memory is whose. Every refusal is one line that says what to do."""
 
+import gc
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -53,21 +55,35 @@ def asked_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -
     return num_blocks
 
 
-def free_bytes(device: torch.device) -> int:
-    """On a CUDA device, what torch has put by included; elsewhere 0."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A CUDA device's, in bytes, once torch has given back what it had put by."""
+
+    free: int
+    total: int
+    held: int  # by this process's tensors
+
+    @classmethod
+    def of(cls, device: torch.device, collect: bool = False) -> "Memory":
+        """`collect`: first what earlier engines of this process have left as garbage."""
+        if torch.cuda.memory_reserved(device):
+            if collect:
+                gc.collect()
+            torch._C._cuda_clearCublasWorkspaces()  # one for every thread that has multiplied anything
+            torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        return cls(free, total, torch.cuda.memory_reserved(device))
 
 
-def room_for_blocks(utilization: float, start: int, free: int, total: int, step: int, graphs: int) -> int:
-    """Bytes for the KV cache when `start` were free before the weights came and `free` are now.
+def room_for_blocks(utilization: float, before: Memory, now: Memory, step: int, graphs: int) -> int:
+    """Bytes for the KV cache; `before` is from before the weights came.
 
     As in vLLM the share covers what this engine takes: weights, cache and the largest step. What was held before,
-    CUDA's own context included, does not count, and captured graphs come on top; but all must find its place.
+    CUDA's own context included, does not count, and captured graphs come on top; but all must find its place. What
+    others give back meanwhile is nobody's share: then this process's own count says what was taken.
     """
-    return min(int(total * utilization) - (start - free), free - graphs) - step
+    taken = max(before.free - now.free, now.held - before.held, 0)
+    return min(int(now.total * utilization) - taken, now.free - graphs) - step
 
 
 def blocks_that_fit(config: EngineConfig, block_bytes: int, room: int, model: str) -> int:

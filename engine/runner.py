@@ -15,9 +15,9 @@ from engine.compile_ahead import compile_ahead
 from engine.config import EngineConfig
 from engine.device import (
     GRAPH_BYTES,
+    Memory,
     asked_blocks,
     blocks_that_fit,
-    free_bytes,
     no_room_for,
     no_room_for_weights,
     pick_device,
@@ -72,7 +72,7 @@ class Runner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         started = time.monotonic()
-        self._free_at_start = free_bytes(self.device)
+        self._memory = Memory.of(self.device, collect=True) if self.device.type == "cuda" else None
         block_size = config.block_size or (16 if self.device.type == "cpu" else 64)
         paged = self.device.type == "cuda" if config.paged is None else config.paged
         is_cuda = self.device.type == "cuda"
@@ -208,11 +208,10 @@ class Runner:
         block_bytes, name = self.layout.block_bytes, self.model.info.name
         num_blocks = asked_blocks(config, block_bytes, self.device)
         if num_blocks is None:
+            assert self._memory is not None, "on a CPU the configuration says how many"
             torch.cuda.empty_cache()
             step, graphs = self._warm_up(config, paged)
-            torch._C._cuda_clearCublasWorkspaces()  # one for every thread that has multiplied anything
-            free, total = free_bytes(self.device), torch.cuda.mem_get_info(self.device)[1]
-            room = room_for_blocks(config.gpu_memory_utilization, self._free_at_start, free, total, step, graphs)
+            room = room_for_blocks(config.gpu_memory_utilization, self._memory, Memory.of(self.device), step, graphs)
             num_blocks = blocks_that_fit(config, block_bytes, room, name)
         try:
             return KVCache(self.layout, num_blocks, self.device)

@@ -8,7 +8,7 @@ import torch
 
 import engine.device
 from engine.config import EngineConfig
-from engine.device import blocks_that_fit, pick_device, room_for_blocks
+from engine.device import Memory, blocks_that_fit, pick_device, room_for_blocks
 from engine.model import load
 from engine.runner import Runner
 from engine.verify import UnsupportedModel
@@ -76,13 +76,38 @@ def test_no_room_for_one_block() -> None:
 
 
 def test_a_share_is_what_this_engine_takes() -> None:
-    def room(utilization: float, start: int, free: int, step: int = 1, graphs: int = 2) -> int:
-        return room_for_blocks(utilization, start * GIB, free * GIB, 80 * GIB, step * GIB, graphs * GIB) // GIB
+    def room(utilization: float, start: int, free: int, held: int = 0, step: int = 1, graphs: int = 2) -> int:
+        before, now = Memory(start * GIB, 80 * GIB, 3 * GIB), Memory(free * GIB, 80 * GIB, (3 + held) * GIB)
+        return room_for_blocks(utilization, before, now, step * GIB, graphs * GIB) // GIB
 
     assert room(0.5, 79, 64) == 40 - 15 - 1  # graphs on top
     assert room(0.5, 50, 35) == 40 - 15 - 1, "what others hold does not count"
     assert room(0.5, 30, 15) == 15 - 2 - 1, "but it is not there"
     assert room(1.0, 79, 64) == 64 - 2 - 1
+    assert room(0.5, 60, 64, held=14) == 40 - 14 - 1, "what others give back meanwhile is not ours"
+    assert room(0.5, 60, 64, held=-5) == 40 - 1, "and what an earlier engine of this process gives back"
+
+
+def test_memory_is_looked_at_once_garbage_is_gone(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier engine in a cycle holds memory until it is collected, and its workspaces until they are cleared."""
+    held = {"engine": 30 * GIB, "workspaces": 2 * GIB}
+
+    class Engine:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            held["engine"] = 0
+
+    def answer(*args: object) -> int:
+        return sum(held.values())
+
+    monkeypatch.setattr(torch.cuda, "memory_reserved", answer)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB - answer(), 80 * GIB))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: held.update(workspaces=0), raising=False)
+    Engine()
+    assert Memory.of(torch.device("cuda:0")) == Memory(50 * GIB, 80 * GIB, 30 * GIB)
+    assert Memory.of(torch.device("cuda:0"), collect=True) == Memory(80 * GIB, 80 * GIB, 0)
 
 
 def test_no_room_for_the_pool_that_was_asked_for(llama: Path) -> None:
