@@ -99,9 +99,10 @@ class Steps:
     def capture(self) -> None:
         """A graph for each bucket, the largest first: the others then fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(self.cache.slab.device)  # torch's own for captures is the first device's for good
         for shape in self.bucket_shapes():
             is_first = not any(bool(other[2]) == bool(shape[2]) for other in self.graphs)
-            self.graphs[shape] = _Graph(self, shape, pool, is_first)
+            self.graphs[shape] = _Graph(self, shape, pool, stream, is_first)
 
     def bucket_shapes(self) -> list[tuple[int, int, int]]:
         """Of decode steps, and of steps with small chunks, whose kernels end before the host could launch the next."""
@@ -154,7 +155,7 @@ class Steps:
 class _Graph:
     """A captured step for up to so many tokens, rows and chunks. Its tensors stay where they are."""
 
-    def __init__(self, steps: Steps, shape: tuple[int, int, int], pool, is_first: bool):
+    def __init__(self, steps: Steps, shape: tuple[int, int, int], pool, stream: torch.cuda.Stream, is_first: bool):
         """`is_first` of its kind: it runs once before, which compiles kernels and fills caches."""
         self.shape = shape
         tensors = steps.inputs.views(*shape)
@@ -169,7 +170,7 @@ class _Graph:
             torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         # relaxed: a library may load a kernel that only this size needs
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="relaxed"):
             self.batch, self.logits = run()
 
     def replay(self) -> None:
