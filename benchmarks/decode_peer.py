@@ -6,11 +6,13 @@ Answers, beside what benchmarks/cuda_peer.py does:
 
     lots     num_blocks, count -> page ids of so many reservations, held for good
     batch    size, context     -> once that many sequences, in place of those before, have got their first tokens
-    reading  block_ids, gb_per_s -> from now on these pages are digested, at that rate; of no pages: nothing is
+    reading  block_ids, gb_per_s, programs, priority -> from now on these pages are digested, at that rate, by so many
+             programs (0: as in service) on a stream of that priority; of no pages: nothing is
     steps    start_s, stop_s   -> lengths in ms of the full batch's steps between two times of CLOCK_MONOTONIC
 """
 
 import asyncio
+import itertools
 import random
 import sys
 import threading
@@ -27,6 +29,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import Event, Request, SamplingParams, Token
 from kv_transfer.memory import BlockMemory, Pages
+from kv_transfer.placed import MAX_WRITE_BYTES
 
 WARM_STEPS = 8  # before a batch counts as running
 
@@ -90,23 +93,37 @@ class Batch:
 
 
 class Reading:
-    """The receiver's digest of some pages, all layers, again and again on a thread."""
+    """The receiver's digest of some pages, all layers, again and again on a thread; as much at once as a write has."""
 
-    def __init__(self, memory: BlockMemory, block_ids: list[int], gb_per_s: float):
+    def __init__(self, memory: BlockMemory, block_ids: list[int], gb_per_s: float, programs: int, priority: int):
         self._is_over = threading.Event()
+        self._in_service: dict[str, Any] = {}
+        if programs:
+            from kv_transfer import cuda_pages  # Triton is not everywhere
+
+            stream = torch.cuda.Stream(memory.slab.device, priority=priority)
+            for name, value in (("DIGEST_PROGRAMS", programs), ("side_stream", lambda device, purpose: stream)):
+                self._in_service[name] = getattr(cuda_pages, name)
+                setattr(cuda_pages, name, value)
         self._thread = threading.Thread(target=self._read, args=(memory, block_ids, gb_per_s))
         self._thread.start()
 
     def stop(self) -> None:
         self._is_over.set()
         self._thread.join()
+        for name, value in self._in_service.items():
+            setattr(sys.modules["kv_transfer.cuda_pages"], name, value)
 
     def _read(self, memory: BlockMemory, block_ids: list[int], gb_per_s: float) -> None:
-        pages = [Pages(block_ids, 0, 0, memory.num_layers, table=memory.table(block_ids))]
-        due_s, period_s = time.monotonic(), len(block_ids) * memory.slab.shape[1] / 1e9 / gb_per_s
+        width, table = memory.slab.shape[1], memory.table(block_ids)
+        step = max(1, MAX_WRITE_BYTES // width)
+        starts = itertools.cycle(range(0, len(block_ids), step))
+        due_s = time.monotonic()
         while not self._is_over.wait(max(0, due_s - time.monotonic())):
-            memory.digests(pages)
-            due_s += period_s
+            start = next(starts)
+            part = block_ids[start : start + step]
+            memory.digests([Pages(part, start, 0, memory.num_layers, table=table)])
+            due_s += len(part) * width / 1e9 / gb_per_s
 
 
 async def main(model: str, device: str, kv_gib: float, max_tokens: int) -> None:
@@ -131,7 +148,8 @@ async def main(model: str, device: str, kv_gib: float, max_tokens: int) -> None:
             case "reading":
                 if reading is not None:
                     reading.stop()
-                reading = Reading(memory, asked["block_ids"], asked["gb_per_s"]) if asked["block_ids"] else None
+                how = (asked[name] for name in ("gb_per_s", "programs", "priority"))
+                reading = Reading(memory, asked["block_ids"], *how) if asked["block_ids"] else None
                 return None
             case "steps":
                 return batch.steps(asked["start_s"], asked["stop_s"])

@@ -1,6 +1,6 @@
 """What a push of KV costs the two GPUs at work: the one that prefills and pushes, and the one that decodes meanwhile.
 
-    python -m benchmarks.push_cost_cuda [--rounds 5] [--programs 8 16 32 132] [--prompt 8192] [--batch 64]
+    python -m benchmarks.push_cost_cuda [--rounds 5] [--programs 8 16 32 132] [--digests 16,-1 64,0] [--only wire]
 
 Two engines of Llama-3.1-8B's shape (bf16, random weights, graphs), each a process with a GPU; rounds alternate.
 
@@ -9,11 +9,13 @@ Two engines of Llama-3.1-8B's shape (bf16, random weights, graphs), each a proce
              back, where the pushes of one prompt's last layers run beside the next one's first. Target: 1.03.
     decode   a step of a full batch in windows that alternate with quiet ones: while layers of a prompt come at the rate
              that one prefill GPU makes them (target 1.02); prompts as fast as transfers go; and while the push kernel
-             alone writes at the wire's full speed, and the receiver's digest reads as many bytes (target 1.10). Beside
-             them without digests. Each window is compared with the quiet ones beside it.
+             alone writes at the wire's full speed, and the receiver's digest reads as many bytes (target 1.10), by so
+             many programs on a stream of that priority. Beside them without digests. Each window is compared with the
+             quiet ones beside it.
 
-Floor of both ratios: 1. `--shape toy --devices cpu cpu` shows over grpc that the script runs. Prints a table, and one
-JSON line last.
+Floor of both ratios: 1; at the wire's speed the memory is written as fast, and read as fast by digests: of the 4.8 TB/s
+that an H200 has, 370 GB/s each, or 1.08 and 1.15. `--shape toy --devices cpu cpu` shows over grpc that the script runs.
+Prints a table, and one JSON line last.
 """
 
 import argparse
@@ -38,7 +40,8 @@ from benchmarks.stats import percentile
 BACK_TO_BACK = 3
 PREFILL_TARGET = 1.03
 RATE, TRANSFERS, WIRE = "one prefill's rate", "transfers as fast as they go", "the wire's speed"
-TARGETS = {RATE: 1.02, WIRE: 1.10}  # of a quiet step, with digests
+IN_SERVICE = "0,-1"  # digests
+TARGETS = {RATE: 1.02, WIRE: 1.10}  # of a quiet step
 
 
 def main() -> None:
@@ -46,7 +49,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32, 132], help="of the push kernel")
     parser.add_argument("--priorities", type=int, nargs="+", default=[-1], help="of the push's stream; the model has 0")
-    parser.add_argument("--prefill-only", action="store_true")
+    parser.add_argument("--digests", nargs="+", default=[IN_SERVICE], help="programs (0: as in service), priority")
+    parser.add_argument("--only", choices=("prefill", "decode", "wire"), help="one part; wire: of decode's")
     parser.add_argument("--wire-programs", type=int, default=132, help="for the wire's speed beside decode")
     parser.add_argument("--prompt", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=64)
@@ -72,8 +76,12 @@ async def measure(args: argparse.Namespace) -> None:
         prefill = await asyncio.to_thread(Prefill, folder, args.devices[0], args.kv_gib, args.prompt)
         await prefill.connect(await starting, max(LANES, BACK_TO_BACK) + 2)
     print(f"both engines ready after {time.perf_counter() - started_s:.1f} s", flush=True)
-    found = {"prefill": await prefills(prefill, args)}
-    if not args.prefill_only:
+    found = {}
+    if args.only in (None, "prefill"):
+        found["prefill"] = await prefills(prefill, args)
+    else:
+        await prefill.run(args.prompt, 1, has_sink=True, does_push=True)  # pages to push from
+    if args.only != "prefill":
         found["decode"] = await decodes(prefill, args)
     await prefill.close()
     machine = {"device": torch.cuda.get_device_name() if is_cuda else "cpu", "torch": torch.__version__}
@@ -119,8 +127,9 @@ async def prefills(prefill: "Prefill", args: argparse.Namespace) -> dict[str, An
 
 
 async def decodes(prefill: "Prefill", args: argparse.Namespace) -> dict[str, Any]:
-    kinds = (RATE, TRANSFERS, WIRE) if args.devices[0] != "cpu" else (RATE, TRANSFERS)
-    names = [f"{kind}{how}" for kind in kinds for how in ("", ", no digests")]
+    names = [f"{kind}{how}" for kind in (RATE, TRANSFERS) for how in ("", ", no digests") if args.only != "wire"]
+    readers = {WIRE if how == IN_SERVICE else f"{WIRE}, digests by {how}": how.split(",") for how in args.digests}
+    names += [f"{WIRE}, no digests", *readers] if args.devices[0] != "cpu" else []
     steps: dict[str, list[float]] = {name: [] for name in ("quiet", *names)}
     ratios: dict[str, list[float]] = {name: [] for name in names}
     moved: dict[str, list[float]] = {name: [] for name in names}
@@ -136,12 +145,13 @@ async def decodes(prefill: "Prefill", args: argparse.Namespace) -> dict[str, Any
         await prefill.peer.ask("batch", size=args.batch, context=args.context, name=f"round-{index}")
         before = await quiet()
         # The wire's speed is known when the digests are to keep up with it.
-        for name in sorted(random.Random(index).sample(names, len(names)), key=lambda name: name == WIRE):
+        for name in sorted(random.Random(index).sample(names, len(names)), key=lambda name: name in readers):
             pushes: Pushes | WirePushes
             if name.startswith(WIRE):
                 pushes = WirePushes(prefill, wire_lot)
-                if name == WIRE:
-                    await prefill.peer.ask("reading", block_ids=wire_lot, gb_per_s=wire_gb_per_s)
+                if name in readers:
+                    reading = dict(zip(("programs", "priority"), map(int, readers[name]), strict=True))
+                    await prefill.peer.ask("reading", block_ids=wire_lot, gb_per_s=wire_gb_per_s, **reading)
             else:
                 await prefill.peer.ask("digests", is_on=name in (RATE, TRANSFERS))
                 pushes = Pushes(prefill, args.gb_per_s if name.startswith(RATE) else None)
