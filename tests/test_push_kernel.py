@@ -94,10 +94,15 @@ SCALED = ((Tiles(2, 32), Tiles(2, 32), Tiles(4, 1)),) * 3
 LONG = ((Tiles(2, 256), Tiles(2, 256), Tiles(4, 1)), (Tiles(4, 256), Tiles(4, 256)), (Tiles(4, 256), Tiles(4, 256)))
 
 
-@pytest.mark.parametrize("layers", [EVEN, UNEVEN, SCALED, LONG], ids=["even", "uneven", "scaled", "long"])
-@pytest.mark.parametrize("sizes", [(16, 16), (48, 48), (64, 64), (16, 64), (64, 16), (32, 48)], ids=str)
+# A GPU compiles kernels for each pair of sizes: the rows that matter most are laid in all of them.
+SOME, ALL = [(16, 16), (64, 16), (32, 48)], [(16, 16), (48, 48), (64, 64), (16, 64), (64, 16), (32, 48)]
+LAID = {"even": (EVEN, ALL), "long": (LONG, ALL), "uneven": (UNEVEN, SOME), "scaled": (SCALED, SOME)}
+
+
+@pytest.mark.parametrize("name, sizes", [(name, pair) for name, (_, pairs) in LAID.items() for pair in pairs], ids=str)
 @pytest.mark.parametrize("part", [(0, 3), (1, 2)], ids=str)
-def test_rows_land_where_they_belong(layers, sizes, part):
+def test_rows_land_where_they_belong(name: str, sizes: tuple[int, int], part: tuple[int, int]):
+    layers, _ = LAID[name]
     source, target = Pool(sizes[0], layers, 12, seed=1), Pool(sizes[1], layers, 12)
     pages, target_pages = [7, 3, 11, 0, 5, 2, 9, 1, 4, 6, 8, 10], [5, 9, 2, 8, 1, 11, 0, 3, 6, 4, 7, 10]
     tokens = range(64, 192) if sizes == (64, 64) else range(48, 96) if sizes == (48, 48) else range(16, 96)

@@ -62,8 +62,16 @@ def digest_of(memory: BlockMemory, span: tuple[int, int], layers: tuple[int, int
     return digest % 2**64
 
 
-@pytest.mark.parametrize("sizes", [(16, 16), (16, 32), (32, 16), (16, 48)], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+# Dtypes and block sizes have nothing to do with each other, and a GPU compiles kernels for each pair.
+@pytest.mark.parametrize(
+    "dtype, sizes",
+    [
+        *(("bfloat16", sizes) for sizes in ((16, 16), (16, 32), (32, 16), (16, 48))),
+        ("float32", (16, 16)),
+        ("float16", (16, 16)),
+    ],
+    ids=str,
+)
 def test_the_receivers_pool_holds_what_its_engine_would_have_written(dtype: str, sizes: tuple[int, int]):
     """From token 32 on; the tokens before are there."""
     source = RoundedMemory.of(pool(dtype, None, sizes[0], MINE, 80))
@@ -100,8 +108,8 @@ def test_every_number_of_16_bits(dtype: str):
 
 
 def test_damage_of_any_byte_is_seen():
-    source = RoundedMemory.of(pool("float32", None, 16, MINE, 32))
-    target = pool("float32", FP8, 16, THEIRS, 0)
+    source = RoundedMemory.of(pool("bfloat16", None, 16, MINE, 32))
+    target = pool("bfloat16", FP8, 16, THEIRS, 0)
     right = push(source, target, (0, 32), (0, 3))
     assert right == digest_of(target, (0, 32), (0, 3))
     generator = torch.Generator().manual_seed(0)
@@ -114,8 +122,8 @@ def test_damage_of_any_byte_is_seen():
 
 
 def test_a_revoked_guard_stops_every_write():
-    source = RoundedMemory.of(pool("float32", None, 16, MINE, 32))
-    target = pool("float32", FP8, 16, THEIRS, 0)
+    source = RoundedMemory.of(pool("bfloat16", None, 16, MINE, 32))
+    target = pool("bfloat16", FP8, 16, THEIRS, 0)
     guard = torch.tensor([41], dtype=torch.int64, device=DEVICE)
     assert push(source, target, (0, 32), (0, 3), guard=guard.data_ptr(), generation=42) == 0
     assert not target.slab.any()
