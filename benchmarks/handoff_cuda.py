@@ -62,7 +62,7 @@ def main() -> None:
 
 async def work(role: str, device: str, model: str, transport: str, kv_gib: str) -> None:
     """A worker's process: members come on stdin, its own goes to stdout, and its marks when it is asked."""
-    from cluster.worker import Worker
+    from cluster.worker import MEASURED_BYTES, Worker
     from engine.config import EngineConfig
 
     sys.setswitchinterval(2e-4)
@@ -86,8 +86,9 @@ async def work(role: str, device: str, model: str, transport: str, kv_gib: str) 
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     while line := (await reader.readline()).decode().strip():
-        if line == "links":
-            print(json.dumps(worker.status()["links"]), flush=True)
+        if line == "links":  # measured now: the worker would do so by itself in some idle second, beside what is timed
+            sent = await worker.canary("decode-0", max(1, MEASURED_BYTES // worker.engine.slab.shape[1]))
+            print(json.dumps([{**link, "error": sent["error"]} for link in worker.status()["links"]]), flush=True)
         elif line == "marks":
             print(json.dumps(marks.take()), flush=True)
             marks.clear()

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from decode_worker.decoder import Decoder
+from decode_worker.kv_service import KvTransferServicer
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.steps import Flight
-from kv_transfer.lifecycle import Lifecycle
 from kv_transfer.outgoing import ChunkedOutgoing
+from kv_transfer.peers import Peer
 from kv_transfer.placed import PlacedOutgoing
 from kv_transfer.receiver import Receiver
 from prefill_worker.handoff import Handoff
@@ -26,16 +27,17 @@ MARKS = (
     ("computed", "P", "GPU: keys and values of the last layer are there"),
     ("step_ended", "P", "GPU: attention, MLP, head and sampling of the last token are done"),
     ("token_here", "P", "the engine's thread has the first token"),
-    ("committing", "P", "the event loop has the first token"),
     ("landed", "P", "the last pages are written, and announced"),
-    ("moved", "P", "the manifest is sealed"),
+    ("posted", "P", "the engine's thread has sent the commit, if the link can do so"),
+    ("committing", "P", "the event loop has the first token"),
     ("checking", "D", "the last check of pages begins"),
     ("checked", "D", "the last check ends"),
-    ("commit_seen", "D", "the commit is there"),
-    ("verified", "D", "its manifest is verified"),
+    ("commit_here", "D", "the commit is there: on the control server's thread, or as a call"),
+    ("commit_seen", "D", "the event loop asks whether its manifest is verified"),
+    ("verified", "D", "it is"),
     ("adopting", "D", "the engine's thread adopts"),
     ("launching", "D", "the first step is being launched"),
-    ("launched", "D", "the first step is launched, its graph on the GPU"),
+    ("launched", "D", "the first step with the KV is launched: the target's moment"),
 )
 START, STOP = "computed", "launched"
 
@@ -45,15 +47,17 @@ _CALLS: tuple[tuple[type, str, str | None, str | None], ...] = (
     (Handoff, "commit", "committing", None),
     (PlacedOutgoing, "_wait", None, "landed"),
     (ChunkedOutgoing, "_step", None, "landed"),
-    (Lifecycle, "seal", None, "moved"),
+    (Peer, "post_commit", None, "posted"),
     (Receiver, "placed", "checking", "checked"),
     (Receiver, "chunk", "checking", "checked"),
+    (KvTransferServicer, "Commit", "commit_here", None),
+    (KvTransferServicer, "commit_from_socket", "commit_here", None),
     (Receiver, "commit", "commit_seen", None),
     (Decoder, "adopt", "verified", None),
     (Scheduler, "adopt", "adopting", None),
     (Runner, "launch", "launching", "launched"),
 )
-_FIRST = ("launching", "launched")  # the first one counts, of the others the last
+_FIRST = ("posted", "launching", "launched")  # the first one counts, of the others the last
 
 
 class Marks:

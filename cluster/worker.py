@@ -124,7 +124,7 @@ class Worker:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
         self.address = f"{self._host}:{port}"
-        self._transports.serve(self._server, self.address)
+        self._transports.serve(self._server, self.address, self._kv.commit_from_socket)
         engine.start()
         await self._server.start()
         await self._set_state(worker_pb2.WORKER_STATE_READY)

@@ -104,10 +104,11 @@ class Decoder:
             run.output.append(first_tokens[0].token_id)
         # Set before the engine is told, so that a racing end() aborts what is being adopted.
         run.state = RunState.ADOPTED
-        # Before the engine's first events, so that the router hears Adopted first.
+        adopting = self.engine.adopt(run.owner, run.request, first_tokens)  # its thread is waiting: first of all
+        # Still before the engine's first events, which wait for this loop, so that the router hears Adopted first.
         run.emit(run.entry(adopted=worker_pb2.Adopted()))
         try:
-            await asyncio.wrap_future(self.engine.adopt(run.owner, run.request, first_tokens))
+            await asyncio.wrap_future(adopting)
         except (KeyError, ValueError) as error:
             self.fail(run, inference_pb2.ERROR_REASON_INTERNAL, f"the KV could not be adopted: {error}", True)
             raise

@@ -1,12 +1,16 @@
 """KvTransferService: the receiving side's control plane, for every transport.
 
 Handshake once per peer, then per run: Reserve -> (chunks, by the transport) -> Commit, or Release. On the way back,
-from a decode to a prefill worker, Offer takes the place of Reserve.
+from a decode to a prefill worker, Offer takes the place of Reserve. Commit comes as a call or, between workers of one
+host that have a control socket, over that; both find the same task.
 """
 
 import asyncio
+import contextlib
+import logging
 import uuid
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Protocol
 
 import grpc
@@ -16,7 +20,7 @@ from decode_worker.fencing import Fencing
 from decode_worker.runs import Run, RunState
 from engine.request import FirstToken, Request, SamplingParams
 from engine.wire import token_hash
-from kv_transfer.base import PROTOCOL_VERSION
+from kv_transfer.base import PROTOCOL_VERSION, Answer
 from kv_transfer.create import Transports
 from kv_transfer.placement import placement_to_pb
 from kv_transfer.refusal import Refusal, answer, check_target, verify
@@ -31,6 +35,7 @@ LEASE_S = 10.0
 EXPECT_LAG_S = 1.0
 MAX_COMMIT_ANSWERS = 4096
 CANARY_PRIORITY = 2**31 - 1  # after every request
+_log = logging.getLogger(__name__)
 
 
 class Offers(Protocol):
@@ -61,6 +66,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         self._transports = transports
         self._writers = writers
         self._fencing = fencing
+        self._loop = asyncio.get_running_loop()
         self._commits: OrderedDict[bytes, asyncio.Task[kv.CommitResponse]] = OrderedDict()
         self._canaries: dict[bytes, str] = {}  # ticket -> engine owner
 
@@ -95,13 +101,16 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
 
     async def Commit(self, request, context) -> kv.CommitResponse:
         """Shielded: a caller that goes away does not leave the run half adopted."""
-        task = self._commits.get(request.transfer_id)
-        if task is None:
-            task = self._commits[request.transfer_id] = asyncio.create_task(self._commit(request))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            while len(self._commits) > MAX_COMMIT_ANSWERS:
-                self._commits.popitem(last=False)
-        return await answer(context, lambda: asyncio.shield(task))
+        return await answer(context, lambda: asyncio.shield(self._committing(request)))
+
+    def commit_from_socket(self, request: kv.CommitRequest, tell: Callable[[Answer], None]) -> None:
+        """On the control server's thread (kv_transfer/control_server.py). `tell` hears what the call would answer."""
+
+        def begin() -> None:
+            self._committing(request).add_done_callback(lambda task: tell(_answer(task)))
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the socket will be, too
+            self._loop.call_soon_threadsafe(begin)
 
     async def Heartbeat(self, request, context) -> kv.HeartbeatResponse:
         unknown = self._decoder.receiver.heartbeat(list(request.transfer_ids))
@@ -193,6 +202,16 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
 
     # Commit
 
+    def _committing(self, request: kv.CommitRequest) -> "asyncio.Task[kv.CommitResponse]":
+        """Whoever asks, however often: the first request is carried out, and its answer repeated."""
+        task = self._commits.get(request.transfer_id)
+        if task is None:
+            task = self._commits[request.transfer_id] = asyncio.create_task(self._commit(request))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            while len(self._commits) > MAX_COMMIT_ANSWERS:
+                self._commits.popitem(last=False)
+        return task
+
     async def _commit(self, request: kv.CommitRequest) -> kv.CommitResponse:
         owner = self._canaries.pop(request.transfer_id, None)
         if owner is not None:
@@ -272,6 +291,19 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             self._decoder.engine.quarantine(owner)
         else:
             self._decoder.engine.release(owner)
+
+
+def _answer(task: "asyncio.Task[kv.CommitResponse]") -> Answer:
+    """What gRPC would make of it."""
+    if task.cancelled():
+        return Answer(grpc.StatusCode.CANCELLED.value[0], "the receiver stops")
+    error = task.exception()
+    if error is None:
+        return Answer(grpc.StatusCode.OK.value[0])
+    if isinstance(error, Refusal):
+        return Answer(error.code.value[0], error.message)
+    _log.error("a commit failed", exc_info=error)
+    return Answer(grpc.StatusCode.UNKNOWN.value[0], f"{type(error).__name__}: {error}")
 
 
 def canary_request(owner: str, num_tokens: int) -> Request:

@@ -24,7 +24,7 @@ import numpy as np
 
 from kv_transfer.memory import BlockMemory as BlockMemory
 
-PROTOCOL_VERSION = 3  # of the hand-off: workers that differ refuse each other at the handshake
+PROTOCOL_VERSION = 4  # of the hand-off: workers that differ refuse each other at the handshake
 
 
 class TransferError(Exception):
@@ -115,6 +115,14 @@ class ReadyEvent(Protocol):
     def synchronize(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To COMMIT: a gRPC status, as the call of that name would end with."""
+
+    code: int  # 0: adopted
+    text: str = ""
+
+
 class Outgoing(Protocol):
     """One transfer at the sender. `push` and `abort` may be called on any thread and never block."""
 
@@ -142,6 +150,13 @@ class Outgoing(Protocol):
 
     async def finish(self) -> Manifest:
         """`seal`, and returns when the receiver has verified the whole manifest. Raises TransferError."""
+
+    def commit(self, claim: Callable[[Manifest], bytes]) -> None:
+        """Nothing more is pushed: where the link can, COMMIT follows the last frame by itself, with the packed
+        CommitRequest that `claim` makes of the manifest. On any thread; the first call counts."""
+
+    async def commit_answer(self) -> Answer | None:
+        """To `commit`, behind `seal`. None: it was not sent so, or its answer is lost; Commit over gRPC tells."""
 
     def abort(self, reason: str) -> None:
         """Gives up. Idempotent, without effect on a finished transfer."""

@@ -1,13 +1,21 @@
 """The control socket of one-sided transfers on one host: what the Push stream says, with no event loop in between.
 
 One SOCK_SEQPACKET Unix socket per pair of workers, for all transfers between them; every packet is a frame
-(kv_transfer/frames.py), one way, or a transfer id and an acknowledgement, the other way. The address is abstract: it
-has no file, and is gone with the process that bound it. Nobody guesses it, 128 random bits that only the handshake
-tells, and either end turns a peer of another user away. A ticket is needed all the same.
+(kv_transfer/frames.py), one way, or an answer, the other way. The address is abstract: it has no file, and is gone with
+the process that bound it. Nobody guesses it, 128 random bits that only the handshake tells, and either end turns a peer
+of another user away. A ticket is needed all the same.
 
     sender (control_link.py)                         receiver (control_server.py)
     any thread      BEGIN, PLACED ..., END  ──►      a thread of its own: begin, placed, end
-    the event loop               acknowledgement  ◄──
+    the event loop         acknowledgement  ◄──
+    any thread                      COMMIT  ──►      the same thread; then who adopts (decode_worker/kv_service.py)
+    the event loop                  answer  ◄──      any thread
+
+An answer is
+
+      0    16   transfer id
+     16     1   0: an acknowledgement, 1: the answer to COMMIT
+     17     …   acknowledgement (kv_transfer/frames.py), or u8 gRPC status and UTF-8 text of a refusal
 """
 
 import os
@@ -16,7 +24,7 @@ import secrets
 import socket
 import struct
 
-from kv_transfer.base import TransferBroken
+from kv_transfer.base import Answer, TransferBroken
 from kv_transfer.frames import Ack
 
 MAX_PACKET_BYTES = 4096
@@ -60,9 +68,16 @@ def receive(connection: socket.socket) -> bytes | None:
     return packet
 
 
-def pack_answer(transfer_id: bytes, ack: Ack) -> bytes:
-    return (transfer_id + ack.pack())[:MAX_PACKET_BYTES]
+def pack_answer(transfer_id: bytes, answer: Ack | Answer) -> bytes:
+    if isinstance(answer, Ack):
+        packet = transfer_id + b"\0" + answer.pack()
+    else:
+        packet = transfer_id + b"\1" + bytes([answer.code]) + answer.text.encode()
+    return packet[:MAX_PACKET_BYTES]
 
 
-def parse_answer(packet: bytes) -> tuple[bytes, Ack]:
-    return packet[: len(NO_TRANSFER)], Ack.parse(packet[len(NO_TRANSFER) :])
+def parse_answer(packet: bytes) -> tuple[bytes, Ack | Answer]:
+    transfer_id, kind, rest = packet[:16], packet[16:17], packet[17:]
+    if kind == b"\1" and rest:
+        return transfer_id, Answer(rest[0], rest[1:].decode(errors="replace"))
+    return transfer_id, Ack.parse(rest if kind == b"\0" else b"")

@@ -1,4 +1,4 @@
-"""The sending end of the control socket: frames leave from any thread, acknowledgements come on the event loop."""
+"""The sending end of the control socket: frames leave from any thread, answers come on the event loop."""
 
 import asyncio
 import contextlib
@@ -6,8 +6,17 @@ import socket
 import threading
 from collections import deque
 
-from kv_transfer.base import TransferBroken, TransferError
-from kv_transfer.control import NO_TRANSFER, address, is_name, new_socket, parse_answer, receive, stranger
+from kv_transfer.base import Answer, TransferBroken, TransferError
+from kv_transfer.control import (
+    MAX_PACKET_BYTES,
+    NO_TRANSFER,
+    address,
+    is_name,
+    new_socket,
+    parse_answer,
+    receive,
+    stranger,
+)
 from kv_transfer.frames import Ack, abort_frame, begin_frame
 
 
@@ -21,6 +30,7 @@ class ControlLink:
         self._lock = threading.Lock()
         self._backlog: deque[bytes] = deque()  # frames that the receiver has no room for; under the lock
         self._streams: dict[bytes, ControlStream] = {}
+        self._commits: dict[bytes, ControlStream] = {}  # not answered yet; a stream may have closed by then
         self._error: TransferError | None = None  # why the link is over
         self._loop.add_reader(connection, self._read)
 
@@ -28,6 +38,11 @@ class ControlLink:
     async def connect(cls, name: str, source: tuple[str, str], timeout_s: float) -> "ControlLink":
         """Raises TransferBroken where the socket cannot be reached."""
         return cls(await asyncio.to_thread(_dial, name, timeout_s), source)
+
+    @property
+    def is_over(self) -> bool:
+        """The socket is gone. The receiver may be there."""
+        return self._error is not None
 
     def open(self, transfer_id: bytes) -> "ControlStream":
         begin = begin_frame(transfer_id, self._source)
@@ -46,10 +61,20 @@ class ControlLink:
                     self._connection.send(frame)
                     return
                 except BlockingIOError:
-                    self._notify(self._loop.add_writer, self._connection, self._flush)
+                    self.notify(self._loop.add_writer, self._connection, self._flush)
                 except OSError as error:
-                    return self._notify(self._lose, _gone(error))
+                    return self.notify(self._lose, _gone(error))
             self._backlog.append(frame)
+
+    def commit(self, transfer_id: bytes, stream: "ControlStream", frame: bytes) -> None:
+        """As `send`; the stream hears the answer, or that there will be none."""
+        with self._lock:
+            is_over = self._error is not None
+            if not is_over:
+                self._commits[transfer_id] = stream
+        if is_over:
+            return self.notify(stream.hear, None)
+        self.send(frame)
 
     def forget(self, transfer_id: bytes, stream: "ControlStream") -> None:
         if self._streams.get(transfer_id) is stream:  # not another that was opened under the same ticket
@@ -59,7 +84,8 @@ class ControlLink:
         """No transfer is under way."""
         self._lose(TransferBroken("the link is closed"))
 
-    def _notify(self, callback, *args) -> None:
+    def notify(self, callback, *args) -> None:
+        """Calls back on the event loop, from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the link
             self._loop.call_soon_threadsafe(callback, *args)
 
@@ -68,12 +94,14 @@ class ControlLink:
             while self._error is None and (packet := receive(self._connection)) is not None:
                 if not packet:
                     return self._lose(TransferBroken("the receiver is gone: it has closed the control socket"))
-                transfer_id, ack = parse_answer(packet)
-                if transfer_id == NO_TRANSFER:
-                    return self._lose(ack.error or TransferBroken("the receiver has cut the link off"))
-                stream = self._streams.get(transfer_id)
-                if stream is not None:
-                    stream.settle(ack)
+                transfer_id, answer = parse_answer(packet)
+                if isinstance(answer, Answer):
+                    if (stream := self._commits.pop(transfer_id, None)) is not None:
+                        stream.hear(answer)
+                elif transfer_id == NO_TRANSFER:
+                    return self._lose(answer.error or TransferBroken("the receiver has cut the link off"))
+                elif (stream := self._streams.get(transfer_id)) is not None:
+                    stream.settle(answer)
         except OSError as error:
             self._lose(_gone(error))
         except TransferError as error:
@@ -90,7 +118,7 @@ class ControlLink:
             except BlockingIOError:
                 return
             except OSError as error:
-                return self._notify(self._lose, _gone(error))
+                return self.notify(self._lose, _gone(error))
             self._loop.remove_writer(self._connection)
 
     def _lose(self, error: TransferError) -> None:
@@ -104,10 +132,13 @@ class ControlLink:
             self._connection.close()
         for stream in list(self._streams.values()):
             stream.settle(Ack(0, error))
+        while self._commits:
+            self._commits.popitem()[1].hear(None)
 
 
 class ControlStream:
-    """One transfer's frames and its one acknowledgement: an Announcer (kv_transfer/placed.py)."""
+    """One transfer's frames, its one acknowledgement, and the answer to its COMMIT: an Announcer
+    (kv_transfer/placed.py)."""
 
     def __init__(self, link: ControlLink, transfer_id: bytes, begin: bytes) -> None:
         self._link = link
@@ -116,11 +147,20 @@ class ControlStream:
         self._begin = begin  # BEGIN, until it is sent: by whoever sends first, which may be a thread
         self._ack: Ack | None = None
         self._over = asyncio.Event()
+        self._answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
 
     def announce(self, frame: bytes) -> None:
         with self._lock:
             self._send_begin()
             self._link.send(frame)
+
+    def commit(self, frame: bytes) -> None:
+        if len(frame) > MAX_PACKET_BYTES:
+            return self._link.notify(self.hear, None)
+        self._link.commit(self._transfer_id, self, frame)
+
+    async def commit_answer(self) -> Answer | None:
+        return await asyncio.shield(self._answer)
 
     async def begin(self) -> None:
         with self._lock:
@@ -151,6 +191,10 @@ class ControlStream:
         if self._ack is None:
             self._ack = ack
             self._over.set()
+
+    def hear(self, answer: Answer | None) -> None:
+        if not self._answer.done():
+            self._answer.set_result(answer)
 
 
 def _dial(name: str, timeout_s: float) -> socket.socket:

@@ -4,7 +4,9 @@ Life of a transfer here:
  1. BEGIN names the ticket and the sender's incarnation; the Receiver refuses what it did not grant.
  2. PLACED chunks that have come meanwhile are read back and checked together, while more are written.
  3. END brings the manifest; the acknowledgement that answers it says that all of it has been verified.
- 4. ABORT, or the end of the socket, fails what is under way. A ticket that ends badly is answered at once, by whoever
+ 4. COMMIT, behind END, is not judged here: its answer comes from who adopts, on any thread, whatever became of the
+    transfer.
+ 5. ABORT, or the end of the socket, fails what is under way. A ticket that ends badly is answered at once, by whoever
     ended it, so that its sender stops.
 
 Exactly one acknowledgement answers a transfer: whoever takes it out of its link's table sends it. What comes for it
@@ -18,10 +20,13 @@ import selectors
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 
+import grpc
 import torch
+from google.protobuf.message import DecodeError
 
-from kv_transfer.base import ChunkHeader, TransferBroken, TransferError, TransferUnfit
+from kv_transfer.base import Answer, ChunkHeader, TransferBroken, TransferError, TransferUnfit
 from kv_transfer.control import (
     MAX_BACKLOG,
     NO_TRANSFER,
@@ -34,20 +39,29 @@ from kv_transfer.control import (
 )
 from kv_transfer.frames import Ack, Frame, Kind
 from kv_transfer.receiver import Receiver
+from protos import kv_transfer_pb2 as kv
 
 MAX_LINKS = 256
 MAX_TRANSFERS = 4096  # of one link
 _MAX_READ = 64  # packets of one link before the others have their turn
 _log = logging.getLogger(__name__)
+OnCommit = Callable[[kv.CommitRequest, Callable[[Answer], None]], None]
+
+
+def no_commits(request: kv.CommitRequest, tell: Callable[[Answer], None]) -> None:
+    """Of a receiver that nobody adopts from: benchmarks, tests of transfers alone."""
+    tell(Answer(grpc.StatusCode.UNIMPLEMENTED.value[0], "nothing is committed here"))
 
 
 class ControlServer:
     """Serves from its construction to `close`."""
 
-    def __init__(self, receiver: Receiver) -> None:
-        """Raises OSError where there are no such sockets."""
+    def __init__(self, receiver: Receiver, on_commit: OnCommit = no_commits) -> None:
+        """`on_commit` is called with a COMMIT's request and whom to tell the answer, once and on any thread; on the
+        server's, so it must not block. Raises OSError where there are no such sockets."""
         self.name = new_name()
         self._receiver = receiver
+        self._on_commit = on_commit
         self._listener = new_socket()
         self._listener.bind(address(self.name))
         self._listener.listen(MAX_LINKS)
@@ -100,7 +114,7 @@ class ControlServer:
                 _log.warning("a control link was refused: %s", who or f"{MAX_LINKS} are open")
                 connection.close()
                 return
-            link = _Link(connection, self._receiver, self._wake)
+            link = _Link(connection, self._receiver, self._on_commit, self._wake)
             self._links.add(link)
             self._selector.register(connection, selectors.EVENT_READ, link)
 
@@ -142,10 +156,11 @@ class ControlServer:
 class _Link:
     """One sender's socket, and its transfers under way."""
 
-    def __init__(self, connection: socket.socket, receiver: Receiver, wake: int) -> None:
+    def __init__(self, connection: socket.socket, receiver: Receiver, on_commit: OnCommit, wake: int) -> None:
         self.connection = connection
         self.has_news = False
         self._receiver = receiver
+        self._on_commit = on_commit
         self._wake = wake
         self._is_closed = False
         self._lock = threading.Lock()  # of backlog and table; watchers take it inside a ticket's lock
@@ -170,9 +185,9 @@ class _Link:
                 self._check(transfer_id)
         return is_open
 
-    def answer(self, transfer_id: bytes, ack: Ack) -> None:
+    def answer(self, transfer_id: bytes, answer: Ack | Answer) -> None:
         """On any thread; does not block."""
-        packet = pack_answer(transfer_id, ack)
+        packet = pack_answer(transfer_id, answer)
         with self._lock:
             if self._is_closed:
                 return
@@ -215,6 +230,8 @@ class _Link:
             raise TransferBroken(f"{frame.kind.name} on a control socket")
         if frame.kind is Kind.BEGIN:
             return self._begin(frame)
+        if frame.kind is Kind.COMMIT:
+            return self._commit(frame)
         if transfer_id not in self._num_chunks:
             if frame.kind is not Kind.ABORT:  # sent before our word for it had been read, or out of order
                 self.answer(transfer_id, Ack(0, TransferBroken(f"{frame.kind.name} of a transfer not under way")))
@@ -242,6 +259,16 @@ class _Link:
         return self._try(
             transfer_id, lambda: self._receiver.watch(transfer_id, lambda error: self._tell(transfer_id, error))
         )
+
+    def _commit(self, frame: Frame) -> None:
+        try:
+            request = kv.CommitRequest.FromString(frame.payload.tobytes())
+        except DecodeError:
+            raise TransferBroken("COMMIT holds no CommitRequest") from None
+        if request.transfer_id != frame.transfer_id:
+            raise TransferBroken("COMMIT of another transfer than its frame's")
+        self._check(frame.transfer_id)
+        self._on_commit(request, lambda answer: self.answer(frame.transfer_id, answer))
 
     def _check(self, transfer_id: bytes) -> None:
         headers = self._placed.pop(transfer_id, None)

@@ -17,7 +17,7 @@ from kv_transfer.base import (
     TransferRefused,
 )
 from kv_transfer.choose import AUTO, ONE_SIDED, candidates, wanted
-from kv_transfer.control_server import ControlServer
+from kv_transfer.control_server import ControlServer, OnCommit, no_commits
 from kv_transfer.grpc_stream import push_handler
 from kv_transfer.heap import keep_freed_pages
 from kv_transfer.memory import BlockMemory
@@ -79,13 +79,13 @@ class Transports:
             raise ValueError(f"transport {setting!r}: {'; '.join(self.missing.values())}")
         self.endpoints: list[Endpoint] = []
 
-    def serve(self, server: grpc.aio.Server, address: str) -> None:
+    def serve(self, server: grpc.aio.Server, address: str, on_commit: OnCommit = no_commits) -> None:
         """Makes the receiver reachable. Before the server starts. A transport that cannot be offered, a kernel of which
         does not compile, say, is left out with the reason; ValueError when there is no other."""
         control = ""
         if set(self.speaks) & ONE_SIDED:
             try:
-                self._control = ControlServer(self._receiver)
+                self._control = ControlServer(self._receiver, on_commit)
                 control = self._control.name
             except OSError as error:
                 _log.warning("no control socket, one-sided transfers are announced over gRPC: %s", error)

@@ -3,14 +3,14 @@
 
     offset size
       0     2   magic "KV"
-      2     1   version, 3
-      3     1   kind: 1 BEGIN, 2 CHUNK, 3 TOKEN, 4 END, 5 PLACED, 6 ABORT
+      2     1   version, 4
+      3     1   kind: 1 BEGIN, 2 CHUNK, 3 TOKEN, 4 END, 5 PLACED, 6 ABORT, 7 COMMIT
       4    16   transfer id
      20     4   sequence           ─┐
-     24     2   layer_start         │
-     26     2   layer_count         │ ChunkHeader; in BEGIN and END
-     28     4   block_start         │ only num_bytes and checksum are
-     32     4   block_count         │ used, of the payload below
+     24     2   layer_start         │ ChunkHeader; in BEGIN, END,
+     26     2   layer_count         │ ABORT and COMMIT only num_bytes
+     28     4   block_start         │ and checksum are used, of the
+     32     4   block_count         │ payload below
      36     4   num_bytes           │
      40     8   checksum           ─┘
      48     …   payload
@@ -22,6 +22,8 @@
     PLACED  nothing: a one-sided transport has written the chunk's bytes into the pages, all of them, and `checksum` is
             the digest of what it read, which the receiver compares with its own of what landed
     ABORT   UTF-8 text: the sender gives up. On the control socket only; a gRPC stream is cancelled
+    COMMIT  a serialized CommitRequest (protos/kv_transfer.proto): the call of that name, for which a socket between
+            threads needs no event loop of the sender's. On the control socket only, behind END
 
 A stream is BEGIN, chunks numbered from 0, END; all with one transfer id. The receiver answers with acknowledgements
 
@@ -54,7 +56,7 @@ from kv_transfer.base import (
 from kv_transfer.checksum import crc32c
 
 _PREFIX = struct.Struct("<2sBB16s")
-_MAGIC, _VERSION = b"KV", 3
+_MAGIC, _VERSION = b"KV", 4
 _END = struct.Struct("<IQ32s")
 _U32 = struct.Struct("<I")
 _ACK = struct.Struct("<IBB")
@@ -71,6 +73,10 @@ class Kind(IntEnum):
     END = 4
     PLACED = 5
     ABORT = 6
+    COMMIT = 7
+
+
+_PLAIN = (Kind.BEGIN, Kind.END, Kind.ABORT, Kind.COMMIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +88,8 @@ class Frame:
 
     @classmethod
     def parse(cls, message: bytes) -> "Frame":
-        """Raises TransferBroken for what is no frame of this version, TransferCorrupt for a damaged BEGIN, END or
-        ABORT.
+        """Raises TransferBroken for what is no frame of this version, TransferCorrupt for a damaged BEGIN, END,
+        ABORT or COMMIT.
 
         A CHUNK's payload is not checked here: the receiver does so where it places it.
         """
@@ -95,7 +101,7 @@ class Frame:
         header = ChunkHeader.unpack(message, _PREFIX.size)
         payload = np.frombuffer(message, np.uint8, offset=HEADER_BYTES)
         frame = cls(Kind(kind), transfer_id, header, payload)
-        if frame.kind in (Kind.BEGIN, Kind.END, Kind.ABORT) and (header.num_bytes, header.checksum) != (
+        if frame.kind in _PLAIN and (header.num_bytes, header.checksum) != (
             len(payload),
             crc32c([payload]),
         ):
@@ -150,6 +156,10 @@ def placed_frame(transfer_id: bytes, header: ChunkHeader) -> bytes:
 def end_frame(transfer_id: bytes, manifest: Manifest) -> bytes:
     payload = _END.pack(manifest.num_chunks, manifest.num_bytes, manifest.digest)
     return _frame(Kind.END, transfer_id, _plain_header(payload), [payload])
+
+
+def commit_frame(transfer_id: bytes, claim: bytes) -> bytes:
+    return _frame(Kind.COMMIT, transfer_id, _plain_header(claim), [claim])
 
 
 def abort_frame(transfer_id: bytes, reason: str) -> bytes:

@@ -5,7 +5,7 @@ import contextlib
 
 import grpc.aio
 
-from kv_transfer.base import TransferBroken, TransferError
+from kv_transfer.base import Answer, TransferBroken, TransferError
 from kv_transfer.frames import Frame, Kind
 from kv_transfer.grpc_stream import GrpcWire
 
@@ -25,6 +25,12 @@ class GrpcAnnouncer:
     def announce(self, frame: bytes) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the transfer
             self._loop.call_soon_threadsafe(self._frames.put_nowait, frame)
+
+    def commit(self, frame: bytes) -> None:
+        """Commit is a call of its own."""
+
+    async def commit_answer(self) -> Answer | None:
+        return None
 
     async def begin(self) -> None:
         await self._wire.begin()

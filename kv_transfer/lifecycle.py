@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from kv_transfer.base import Manifest, ManifestBuilder, TransferBroken
+from kv_transfer.base import Answer, Manifest, ManifestBuilder, TransferBroken
 from kv_transfer.memory import BlockMemory
 from kv_transfer.rect import Rect
 
@@ -80,6 +80,12 @@ class Lifecycle:
         if not self._is_verified:
             await self._failed()
         return manifest
+
+    def commit(self, claim: Callable[[Manifest], bytes]) -> None:
+        """Commit is a call of its own."""
+
+    async def commit_answer(self) -> Answer | None:
+        return None
 
     def abort(self, reason: str) -> None:
         self._notify(self._abort, reason)

@@ -112,7 +112,7 @@ class _Link(OpenLink):
         await asyncio.get_running_loop().run_in_executor(self._sender.threads.launching, self._pool.close)
 
     def _announcer(self, transfer_id: bytes) -> Announcer:
-        if self._control is not None:
+        if self._control is not None and not self._control.is_over:
             return self._control.open(transfer_id)
         channel = self._connected(CHANNEL_OPTIONS)
         return GrpcAnnouncer(channel, transfer_id, self._sender.source, self._sender.progress_s)

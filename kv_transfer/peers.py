@@ -14,6 +14,7 @@ import grpc
 from kv_transfer import locality
 from kv_transfer.base import (
     PROTOCOL_VERSION,
+    Answer,
     Endpoint,
     Link,
     Manifest,
@@ -36,6 +37,9 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MEMBERSHIP_LAG_S = 2.0
 # Commit answers once the receiver has checked every byte, so it may wait for chunks still on the wire.
 COMMIT_TIMEOUT_S = 30.0
+# A commit that the control socket has not answered by then is asked for over gRPC too, which repeats the answer, and
+# whose keepalive notices a peer that has stopped.
+COMMIT_PATIENCE_S = 1.0
 RELEASE_TIMEOUT_S, RELEASE_TRIES = 2.5, 2
 # Transfers in a row that were not verified, for which their transport is to blame, until it is not used any more with
 # this peer; the first one of all suffices.
@@ -106,6 +110,22 @@ class Peer:
     def drop(self, transfer_id: bytes) -> None:
         self._leases.pop(transfer_id, None)
 
+    def post_commit(
+        self,
+        transfer_id: bytes,
+        outgoing: Outgoing,
+        num_tokens: int = 0,
+        token_hash: bytes = b"",
+        first_tokens: Sequence[kv.AdoptedToken] = (),
+    ) -> None:
+        """On any thread: nothing more is pushed, and Commit goes out by itself where the link can send it so. `commit`
+        with the same arguments, which must follow, hears the answer, or asks by a call."""
+
+        def claim(manifest: Manifest) -> bytes:
+            return _claim(transfer_id, manifest, num_tokens, token_hash, first_tokens).SerializeToString()
+
+        outgoing.commit(claim)
+
     async def commit(
         self,
         transfer_id: bytes,
@@ -139,16 +159,17 @@ class Peer:
         token_hash: bytes,
         first_tokens: Sequence[kv.AdoptedToken],
     ) -> Manifest:
+        self.post_commit(transfer_id, outgoing, num_tokens, token_hash, first_tokens)
         manifest = await outgoing.seal()
-        request = kv.CommitRequest(
-            transfer_id=transfer_id,
-            num_tokens=num_tokens,
-            token_hash=token_hash,
-            num_chunks=manifest.num_chunks,
-            num_bytes=manifest.num_bytes,
-            digest=manifest.digest,
-            first_tokens=first_tokens,
-        )
+        answer = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(COMMIT_PATIENCE_S):
+                answer = await outgoing.commit_answer()
+        if answer is not None:
+            if answer.code:
+                raise _refusal(answer)
+            return manifest
+        request = _claim(transfer_id, manifest, num_tokens, token_hash, first_tokens)
         try:
             await self.stub.Commit(request, timeout=COMMIT_TIMEOUT_S)
         except asyncio.CancelledError:
@@ -218,6 +239,30 @@ class Peer:
             self._repeating.cancel()
         await self.link.close()
         await self._channel.close(None)
+
+
+def _claim(
+    transfer_id: bytes,
+    manifest: Manifest,
+    num_tokens: int,
+    token_hash: bytes,
+    first_tokens: Sequence[kv.AdoptedToken],
+) -> kv.CommitRequest:
+    return kv.CommitRequest(
+        transfer_id=transfer_id,
+        num_tokens=num_tokens,
+        token_hash=token_hash,
+        num_chunks=manifest.num_chunks,
+        num_bytes=manifest.num_bytes,
+        digest=manifest.digest,
+        first_tokens=first_tokens,
+    )
+
+
+def _refusal(answer: Answer) -> grpc.aio.AioRpcError:
+    """As the call would have ended."""
+    code = next((code for code in grpc.StatusCode if code.value[0] == answer.code), grpc.StatusCode.UNKNOWN)
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=answer.text)
 
 
 class Peers:

@@ -6,8 +6,8 @@ Life of a transfer here:
     not be waited for is launched at once, if nothing is before it.
  3. What queued up meanwhile is joined, and the write started; the write waits for the pages by itself.
  4. The waiting thread waits until the bytes lie there, takes their digest and sends the PLACED frame.
- 5. `seal` lets END follow the last frame, sent by whoever sees that it was the last; the receiver answers when it has
-    verified all of it.
+ 5. `commit` or `seal` lets END follow the last frame, sent by whoever sees that it was the last, and COMMIT follow END;
+    the receiver answers when it has verified all of it, and once more when it has adopted it.
  6. Whatever ended the task, every write begun is waited for: closed means that nothing of it is in flight.
 """
 
@@ -18,8 +18,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from kv_transfer.base import ChunkHeader, Placement, ReadyEvent, TransferError, TransferRefused, TransferUnfit
-from kv_transfer.frames import end_frame, placed_frame
+from kv_transfer.base import (
+    Answer,
+    ChunkHeader,
+    Manifest,
+    Placement,
+    ReadyEvent,
+    TransferError,
+    TransferRefused,
+    TransferUnfit,
+)
+from kv_transfer.frames import commit_frame, end_frame, placed_frame
 from kv_transfer.lifecycle import Lifecycle, Stream
 from kv_transfer.memory import BlockMemory
 from kv_transfer.rect import Rect
@@ -53,6 +62,12 @@ class Announcer(Stream, Protocol):
 
     def announce(self, frame: bytes) -> None:
         """Sends a frame behind the ones before. On any thread; never blocks. A failure ends the stream."""
+
+    def commit(self, frame: bytes) -> None:
+        """Sends COMMIT, as `announce` would, if it can at all."""
+
+    async def commit_answer(self) -> Answer | None:
+        """To COMMIT. None: it could not be sent here, or nothing more can come."""
 
 
 class Threads:
@@ -115,6 +130,7 @@ class PlacedOutgoing(Lifecycle):
         self._max_write_bytes = max_write_bytes
         self._num_unsettled = 0  # pushed rectangles that have not landed, failed, or been joined to one before
         self._failure: BaseException | None = None
+        self._claim: Callable[[Manifest], bytes] | None = None
         super().__init__(memory, announcer, progress_s)
 
     def push(
@@ -135,6 +151,17 @@ class PlacedOutgoing(Lifecycle):
         at_once = after is None and self._writer.is_instant
         for _ in rects:
             self._threads.launch(self._launch, at_once)
+
+    def commit(self, claim: Callable[[Manifest], bytes]) -> None:
+        with self._lock:
+            if self._claim is not None or self._ended:
+                return
+            self._claim = claim
+            self._finishing = True
+        self._send_end()
+
+    async def commit_answer(self) -> Answer | None:
+        return await self._announcer.commit_answer() if self._claim is not None else None
 
     # On the launching and the waiting thread
 
@@ -199,12 +226,15 @@ class PlacedOutgoing(Lifecycle):
             self._notify(self._wake.set)
 
     def _send_end(self) -> None:
-        """On any thread: once, behind the last frame, if `seal` has said that there will be no more."""
+        """On any thread: once, behind the last frame, if `commit` or `seal` has said that there will be no more."""
         with self._lock:
             if not self._finishing or self._num_unsettled or self._failure or self._closed or self._ended:
                 return
             self._ended = True
-        self._announcer.announce(end_frame(self._transfer_id, self._manifest.manifest()))
+        manifest = self._manifest.manifest()
+        self._announcer.announce(end_frame(self._transfer_id, manifest))
+        if self._claim is not None:
+            self._announcer.commit(commit_frame(self._transfer_id, self._claim(manifest)))
 
     # On the loop
 

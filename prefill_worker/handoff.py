@@ -4,7 +4,8 @@
                  |            |          |
                  +------------+----------+--> failed | abandoned
 
-The engine thread calls `wanted` and `ready` (the KVSink hooks); everything else runs on the event loop.
+The engine thread calls `wanted` and `ready` (the KVSink hooks), and `sampled`, which sends the commit where the link
+can do so from any thread; everything else runs on the event loop.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from engine.engine import Engine
-from engine.request import Request
+from engine.request import Event, Request, Token
 from engine.wire import token_hash
 from kv_transfer.base import Outgoing, ReadyEvent, TransferCorrupt, TransferError
 from kv_transfer.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
@@ -67,6 +68,7 @@ class Handoff:
         self._failed = False
         self.cached_tokens = 0
         self._token_hash = b""
+        self._first_tokens: list[Token] = []  # engine thread only
 
     # KVSink, on the engine thread
 
@@ -89,6 +91,18 @@ class Handoff:
         if outgoing is not None and not self._closed:
             outgoing.push(block_ids, block_start, layer_start, layer_stop, after)
 
+    # On the engine thread, too
+
+    def sampled(self, event: Event) -> None:
+        """Hears each event of the prompt; with the last first token the commit goes out. The loop awaits its answer."""
+        if not isinstance(event, Token):
+            return
+        self._first_tokens.append(event)
+        is_all = len(self._first_tokens) == self._request.sampling.num_sequences
+        if is_all and has_more(self._first_tokens) and not self._closed and not self._failed:
+            assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"
+            self._peer.post_commit(self._transfer_id, self._outgoing, *self._claim(self._first_tokens))
+
     # On the loop
 
     @property
@@ -101,12 +115,11 @@ class Handoff:
         """What it goes over; empty before the handshake."""
         return self._peer.transport if self._peer is not None else ""
 
-    async def commit(self, first_tokens: Sequence[kv.AdoptedToken]) -> None:
+    async def commit(self, first_tokens: Sequence[Token]) -> None:
         """Returns once the decode worker has verified and adopted. Raises HandoffFailed."""
         assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"
-        num_tokens = len(self._request.token_ids)
         try:
-            await self._peer.commit(self._transfer_id, self._outgoing, num_tokens, self._token_hash, first_tokens)
+            await self._peer.commit(self._transfer_id, self._outgoing, *self._claim(first_tokens))
         except TransferError as error:
             raise _failed(error, self._target) from error
         except PeerUnavailable as error:
@@ -133,6 +146,13 @@ class Handoff:
             await self._outgoing.wait_closed()
         if self._peer is not None and self._transfer_id and not self._committed:
             await self._peer.release(self._transfer_id, "given up by the prefill worker")
+
+    def _claim(self, first_tokens: Sequence[Token]) -> tuple[int, bytes, list[kv.AdoptedToken]]:
+        """Number and hash of the tokens whose KV it is, and each sequence's first one."""
+        token_ids = self._request.token_ids
+        tokens = sorted(first_tokens, key=lambda token: token.sequence_index)
+        adopted = [kv.AdoptedToken(token_id=token.token_id, finished=token.finish is not None) for token in tokens]
+        return len(token_ids), self._token_hash or token_hash(token_ids), adopted
 
     def _start_reserving(self) -> None:
         if not self._closed and self._reserving is None:
@@ -195,6 +215,11 @@ class Handoff:
         if not self._failed:
             self._failed = True
             self._on_failed(error)
+
+
+def has_more(first_tokens: Sequence[Token]) -> bool:
+    """Whether anything is left to decode behind them."""
+    return any(token.finish is None for token in first_tokens)
 
 
 def _failed(error: TransferError, target: kv.WorkerRef) -> HandoffFailed:

@@ -5,7 +5,8 @@ Life of a request here
 2. Its turn comes near: the engine asks (`wanted`), pages are reserved at the target, the gate opens (`grant`).
 3. The prompt is computed in chunks beside others; each finished layer range is pushed while the next is computed.
 4. The first token of each sequence is sampled and goes to the router at once.
-5. Meanwhile Commit carries the manifest; the target verifies it and adopts.
+5. Meanwhile Commit carries the manifest; the target verifies it and adopts. Between workers of one host the engine's
+   thread has sent it before the event loop hears of the token.
 6. The prompt's blocks here are released and stay as prefix cache.
 A run whose sequences all end with their first token gives its pages up instead of step 5.
 """
@@ -20,9 +21,8 @@ from engine.engine import Engine
 from engine.request import Event, Failed, Request, Started, Token
 from engine.wire import first_token_to_pb, request_from_pb
 from kv_transfer.peers import Peers
-from prefill_worker.handoff import Handoff, HandoffFailed
+from prefill_worker.handoff import Handoff, HandoffFailed, has_more
 from protos import inference_pb2, worker_pb2, worker_pb2_grpc
-from protos import kv_transfer_pb2 as kv
 
 
 class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
@@ -59,7 +59,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             yield _failed(inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, str(error), False)
             return
         # Before the loop runs again, so before the first event can be delivered.
-        self._dispatcher.add(request.id, events.put_nowait)
+        self._dispatcher.add(request.id, events.put_nowait, handoff.sampled if handoff is not None else None)
         self.num_runs += 1
         self.num_handoffs += handoff is not None
         self.idle.clear()
@@ -147,11 +147,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
 
 async def _end(handoff: Handoff, tokens: Sequence[Token]) -> None:
     """Hands over what decodes on, or gives it up if nothing does. Raises HandoffFailed."""
-    if all(token.finish is not None for token in tokens):
-        return await handoff.abandon()
-    await handoff.commit(
-        [kv.AdoptedToken(token_id=token.token_id, finished=token.finish is not None) for token in tokens]
-    )
+    await (handoff.commit(tokens) if has_more(tokens) else handoff.abandon())
 
 
 def _failed(

@@ -140,8 +140,14 @@ class Hanging(kv_grpc.KvTransferServiceServicer):
 
 
 class Sealed:
+    def commit(self, claim: object) -> None:
+        pass
+
     async def seal(self) -> Manifest:
         return Manifest(0, 0, b"")
+
+    async def commit_answer(self) -> None:
+        return None
 
 
 async def test_a_peer_that_leaves_during_commit_is_unavailable():

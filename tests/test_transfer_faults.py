@@ -96,7 +96,7 @@ async def test_a_damaged_announcement_is_never_committed(at: int, transport: str
     async with transfer_pair(transport) as pair:
         endpoint = from_afar(pair.endpoint) if transport == "nixl" else pair.endpoint
         transfer_id = pair.grant([1, 2])
-        mark, num_flips = b"KV\x03\x05" + transfer_id, 0
+        mark, num_flips = b"KV\x04\x05" + transfer_id, 0
 
         def tamper(data: bytes) -> bytes:
             nonlocal num_flips
@@ -182,7 +182,7 @@ async def test_only_well_formed_streams(pair: Pair):
         ((b"",), "frame of 0 bytes"),
         ((b"GET / HTTP/1.1" * 9,), "not a frame"),
         ((b"KV\x01" + begin[3:],), "not a frame"),
-        ((b"KV\x03\x09" + begin[4:],), "not a frame"),
+        ((b"KV\x04\x09" + begin[4:],), "not a frame"),
         ((chunk,), "CHUNK before BEGIN"),
         ((begin[:-1] + b"x",), "BEGIN frame's checksum"),
         ((other,), "unknown"),

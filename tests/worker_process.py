@@ -4,11 +4,12 @@
 
 Prints its member; then takes members, in hex, or "status", "check" or "ended ID INCARNATION", a line each, and answers
 all but the first. Options: `host` that it takes itself to be on, `kv_return`, `is_held`: it commits no transfer that
-does not fail.
+does not fail, `dies_at_commit`: one that comes over a control socket ends its process.
 """
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from typing import Any
 import grpc.aio
 
 from cluster.worker import Worker
+from decode_worker.kv_service import KvTransferServicer
 from engine.config import EngineConfig
 from kv_transfer import locality
 from kv_transfer.base import Manifest, Outgoing
@@ -66,6 +68,10 @@ class WorkerProcess:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    async def ended(self) -> int:
+        """By itself; its exit code."""
+        return await self._process.wait()
+
     async def stop(self) -> None:
         """However it ends: it may have been killed."""
         assert self._process.stdin is not None
@@ -103,6 +109,8 @@ async def main(role: str, model: str, transport: str, engine: str, options: str)
             return await commit(peer, transfer_id, outgoing, *rest)
 
         Peer.commit = held  # type: ignore[method-assign]
+    if settings.pop("dies_at_commit", False):
+        KvTransferServicer.commit_from_socket = lambda *args: os._exit(1)  # type: ignore[assignment]
     config = EngineConfig(model=model, **json.loads(engine))
     worker = Worker(f"{role}-0", role, config, transport, **settings)  # type: ignore[arg-type]
     print((await worker.start()).SerializeToString().hex(), flush=True)
