@@ -18,6 +18,7 @@ from kv_transfer.cuda_driver import DriverError
 from kv_transfer.push_kernel import Side
 
 MIN_RUN_BYTES = 4 << 20
+FIRST_BLOCKS = 4  # under way while the driver is told of the others, which takes it some microseconds each
 
 
 class _Attributes(ctypes.Structure):
@@ -51,13 +52,16 @@ def copy_blocks(
     run: tuple[int, int],
     stream: torch.cuda.Stream,
 ) -> None:
-    """Bytes [start, stop) of blocks `mine` to `theirs`, in that order; returns at once. Raises DriverError."""
+    """Bytes [start, stop) of blocks `mine` to `theirs`, in that order; returns at once. Raises DriverError, and then
+    some of them may be on their way."""
     start, stop = run
     sources, targets = (
         np.array(ids, np.uint64) * np.uint64(side.block_bytes) + np.uint64(side.address + start)
         for side, ids in ((source, mine), (target, theirs))
     )
-    _copy(targets, sources, stop - start, stream)
+    for part in (slice(FIRST_BLOCKS), slice(FIRST_BLOCKS, None)):
+        if len(targets[part]):
+            _copy(targets[part], sources[part], stop - start, stream)
 
 
 def _copy(targets: np.ndarray, sources: np.ndarray, num_bytes: int, stream: torch.cuda.Stream) -> None:
