@@ -59,11 +59,11 @@ def around(owner: Any, method: str, before: str = "", after: str = "") -> None:
 
 def trace_sender(transport: str) -> None:
     if transport == "cuda_ipc":
-        from kv_transfer import cuda_copy, cuda_ipc
+        from kv_transfer import cuda_copy, cuda_ipc, cuda_pages
 
         writer, write = cuda_ipc._Writer, cuda_ipc._Write
         time_writes()
-        around(cuda_ipc._Pool, "tables", after="page table made")
+        around(cuda_pages.PageTables, "fill", after="page ids on their way")
         around(cuda_copy, "copy_blocks", "copying", "copy called")
     else:
         from kv_transfer import nixl

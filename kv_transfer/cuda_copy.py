@@ -15,7 +15,6 @@ import torch
 
 from kv_transfer import cuda_driver
 from kv_transfer.cuda_driver import DriverError
-from kv_transfer.push_kernel import Side
 
 MIN_RUN_BYTES = 4 << 20
 FIRST_BLOCKS = 4  # under way while the driver is told of the others, which takes it some microseconds each
@@ -45,19 +44,18 @@ def works(address: int, device: torch.device) -> bool:
 
 
 def copy_blocks(
-    source: Side,
-    target: Side,
-    mine: Sequence[int],
-    theirs: Sequence[int],
+    source: tuple[int, int, Sequence[int]],
+    target: tuple[int, int, Sequence[int]],
     run: tuple[int, int],
     stream: torch.cuda.Stream,
 ) -> None:
-    """Bytes [start, stop) of blocks `mine` to `theirs`, in that order; returns at once. Raises DriverError, and then
+    """Bytes [start, stop) of blocks to others, in order; returns at once. Either side is the address of block 0, bytes
+    a block and block ids. Raises DriverError, and then
     some of them may be on their way."""
     start, stop = run
     sources, targets = (
-        np.array(ids, np.uint64) * np.uint64(side.block_bytes) + np.uint64(side.address + start)
-        for side, ids in ((source, mine), (target, theirs))
+        np.array(ids, np.uint64) * np.uint64(block_bytes) + np.uint64(address + start)
+        for address, block_bytes, ids in (source, target)
     )
     for part in (slice(FIRST_BLOCKS), slice(FIRST_BLOCKS, None)):
         if len(targets[part]):

@@ -168,21 +168,17 @@ class _Pool:
 
     def tables(self, placement: Placement) -> PageTables:
         num_tokens = len(placement.page_ids) * self.handle.block_size
-        with torch.cuda.stream(self.stream):
-            return PageTables(placement.page_ids, -(-num_tokens // self.memory.block_size), self.device)
+        return PageTables(placement.page_ids, -(-num_tokens // self.memory.block_size), self.device)
 
     def push(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
         """Launches on the side stream, one after the other."""
-        slab = self.memory.slab
         ranges = self._ranges(rect.layer_start, rect.layer_stop)
-        source = Side(slab.data_ptr(), slab.shape[1], self.memory.block_size, pages.ours, 0)
-        target = Side(self.address, self.handle.block_bytes, self.handle.block_size, pages.theirs, 0)
         with torch.cuda.stream(self.stream):
             slot = self._slots.take(len(ranges), self.num_programs)
-            if self._is_copied(rect) and self._copy(source, target, rect, tokens, pages, placement, slot):
+            if self._is_copied(rect) and self._copy(rect, tokens, pages, placement, slot):
                 return _Write(None, slot, len(ranges), self._slots, pages, slot.digested)
             pages.fill(rect.block_start, rect.block_ids, self.stream)
-            guard = 0
+            source, target, guard = self._source(pages), self._target(pages), 0
             # What is launched on an idle stream begins at once: our own look, just now, is as good.
             if self._guards_at and (rect.after is not None or not self.stream.query()):
                 guard = slot.word
@@ -197,30 +193,36 @@ class _Pool:
             slot.done.record(self.stream)
         return _Write(rect.after, slot, len(ranges), self._slots, pages)
 
+    def _source(self, pages: PageTables) -> Side:
+        slab = self.memory.slab
+        return Side(slab.data_ptr(), slab.shape[1], self.memory.block_size, pages.ours, 0)
+
+    def _target(self, pages: PageTables) -> Side:
+        return Side(self.address, self.handle.block_bytes, self.handle.block_size, pages.theirs, 0)
+
     def _is_copied(self, rect: Rect) -> bool:
         run = self.memory.width(rect.layer_start, rect.layer_stop)
         is_final = rect.after is None or rect.after.query()
         return self._beside is not None and run >= cuda_copy.MIN_RUN_BYTES and is_final
 
-    def _copy(
-        self,
-        source: Side,
-        target: Side,
-        rect: Rect,
-        tokens: tuple[int, int],
-        pages: PageTables,
-        placement: Placement,
-        slot: Slot,
-    ) -> bool:
+    def _copy(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement, slot: Slot) -> bool:
         """By the copy engine, and by the kernel a digest on a stream beside, neither of which waits for the other.
         False: it cannot, now or later."""
         offsets, beside = self.memory.layer_offsets, self._beside
         assert beside is not None
-        theirs = placement.page_ids[rect.block_start : rect.block_start + len(rect.block_ids)]
+        slab, page_ids = self.memory.slab, placement.page_ids
+        places = (
+            (slab.data_ptr(), slab.shape[1], rect.block_ids),
+            (
+                self.address,
+                self.handle.block_bytes,
+                page_ids[rect.block_start : rect.block_start + len(rect.block_ids)],
+            ),
+        )
         run = offsets[rect.layer_start], offsets[rect.layer_stop]
         self._looks.begins(slot)
         try:
-            cuda_copy.copy_blocks(source, target, rect.block_ids, theirs, run, self.stream)
+            cuda_copy.copy_blocks(*places, run, self.stream)
         except cuda_driver.DriverError as error:
             _log.warning("the copy engine is left out from now on: %s", error)
             self._beside = None
@@ -228,6 +230,7 @@ class _Pool:
         slot.done.record(self.stream)
         with torch.cuda.stream(beside):
             pages.fill(rect.block_start, rect.block_ids, beside)
+            source = self._source(pages)
             at = slot.address
             for tiles in self._ranges(rect.layer_start, rect.layer_stop):
                 self._launch(source, None, tokens, tiles, at, self.num_programs)

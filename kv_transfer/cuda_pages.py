@@ -20,16 +20,14 @@ DIGEST_PROGRAMS = 64
 
 
 class PageTables:
-    """The page ids of one transfer at its sender: theirs, known from the start, and ours, as they are pushed. Kept as
-    long as a stream reads them."""
+    """The page ids of one transfer at its sender: theirs, known from the start, and ours, as they are pushed. On the
+    device from the first `fill` on, and kept as long as a stream reads them."""
 
     def __init__(self, theirs: Sequence[int], num_ours: int, device: torch.device) -> None:
+        self._theirs = theirs
         self._first = -(-len(theirs) // 4) * 4  # of ours: 16 bytes, as everything the kernel was compiled for
-        self._staged = torch.empty(self._first + num_ours, dtype=torch.int32, pin_memory=True)
-        self._known = self._staged.numpy()
-        self._known[: len(theirs)] = theirs
-        self._known[self._first :] = -1
-        self._table = torch.empty(len(self._staged), dtype=torch.int32, device=device)
+        self._size = self._first + num_ours
+        self._device = device
         self._stream: torch.cuda.Stream | None = None  # that has brought theirs, and what is known of ours
         self._last: tuple[int, Sequence[int]] = (0, ())  # that was filled in
 
@@ -44,8 +42,14 @@ class PageTables:
 
     def fill(self, block_start: int, block_ids: Sequence[int], stream: torch.cuda.Stream) -> None:
         """Our pages of the logical blocks from `block_start` on; they never change. What is launched on `stream` next
-        finds them. The stream's device is current."""
-        if self._stream is not None and self._stream is not stream:
+        finds them. It is the current stream."""
+        if self._stream is None:
+            self._staged = torch.empty(self._size, dtype=torch.int32, pin_memory=True)
+            self._known = self._staged.numpy()
+            self._known[: len(self._theirs)] = self._theirs
+            self._known[self._first :] = -1
+            self._table = torch.empty(self._size, dtype=torch.int32, device=self._device)
+        elif self._stream is not stream:
             stream.wait_stream(self._stream)
             self._stream = stream
         if self._last == (block_start, block_ids):

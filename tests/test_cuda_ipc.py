@@ -49,7 +49,6 @@ def test_a_pool_on_the_cpu_has_no_cuda_ipc():
 
 def test_runs_of_blocks_by_the_copy_engine(monkeypatch: pytest.MonkeyPatch):
     from kv_transfer import cuda_copy
-    from kv_transfer.push_kernel import Side
 
     def copy(targets, sources, num_bytes: int, stream) -> None:
         for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
@@ -57,9 +56,11 @@ def test_runs_of_blocks_by_the_copy_engine(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(cuda_copy, "_copy", copy)
     source, target = make_memory("cpu", 16, 6, 4, 2, 16, seed=1), make_memory("cpu", 16, 8, 4, 2, 16)
-    sides = (Side(m.slab.data_ptr(), m.slab.shape[1], 16, 0, 0) for m in (source, target))
     run = source.layer_offsets[1], source.layer_offsets[3]
-    cuda_copy.copy_blocks(*sides, [4, 0, 5], [1, 7, 2], run, None)  # type: ignore[arg-type]
+    sides = ((source, [4, 0, 5]), (target, [1, 7, 2]))
+    monkeypatch.setattr(cuda_copy, "FIRST_BLOCKS", 2)
+    places = ((memory.slab.data_ptr(), memory.slab.shape[1], ids) for memory, ids in sides)
+    cuda_copy.copy_blocks(*places, run, None)  # type: ignore[arg-type]
     assert torch.equal(target.slab[[1, 7, 2], slice(*run)], source.slab[[4, 0, 5], slice(*run)])
     assert target.slab.count_nonzero() == source.slab[[4, 0, 5], slice(*run)].count_nonzero()
 
@@ -138,7 +139,7 @@ class TestOnGpu:
 
         monkeypatch.setattr(cuda_copy, "MIN_RUN_BYTES", 1)
         copies, copy = [], cuda_copy.copy_blocks
-        monkeypatch.setattr(cuda_copy, "copy_blocks", lambda *args: (copies.append(args[4]), copy(*args)))
+        monkeypatch.setattr(cuda_copy, "copy_blocks", lambda *args: (copies.append(args[2]), copy(*args)))
         async with pushing() as (source, peer, link):
             if link._pool._beside is None:  # type: ignore[attr-defined]
                 pytest.skip("the driver has no batches of copies")
