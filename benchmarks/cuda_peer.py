@@ -92,9 +92,10 @@ class Peer:
             tuple(placement[0]), *placement[1:]
         ) if placement else None
 
-    async def commit(self, transfer_id: bytes, manifest: Manifest) -> None:
+    async def commit(self, transfer_id: bytes, manifest: Manifest) -> float:
+        """When the receiver had verified the manifest, by time.perf_counter, which processes of a host share."""
         fields = {"num_chunks": manifest.num_chunks, "num_bytes": manifest.num_bytes, "digest": manifest.digest.hex()}
-        await self.ask("commit", transfer_id=transfer_id.hex(), **fields)
+        return await self.ask("commit", transfer_id=transfer_id.hex(), **fields)
 
     async def stop(self) -> None:
         if self.process.returncode is None:
@@ -119,11 +120,23 @@ async def main(device: str, numbers: list[int]) -> None:
     await serve(make_memory(device, *numbers))
 
 
+class TimedReceiver(Receiver):
+    """Knows when it has verified what."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.verified_s: dict[bytes, float] = {}  # by transfer, until it is committed
+
+    def end(self, transfer_id: bytes, manifest: Manifest) -> None:
+        super().end(transfer_id, manifest)
+        self.verified_s[transfer_id] = time.perf_counter()
+
+
 async def serve(
     memory: BlockMemory, also: Callable[[dict[str, Any]], Awaitable[Any]] | None = None, setting: str = "auto"
 ) -> None:
     """Until stdin ends. `also` answers the commands that are not known here."""
-    receiver = Receiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
+    receiver = TimedReceiver(memory, kv_transfer.MAX_CHUNK_BYTES, guards=Guards())
     transports = kv_transfer.Transports(setting, receiver, ("receiver", "0"))
     server = grpc.aio.server(options=SERVER_OPTIONS)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -144,7 +157,7 @@ async def serve(
 
 
 async def _answer(
-    receiver: Receiver, asked: dict[str, Any], also: Callable[[dict[str, Any]], Awaitable[Any]] | None
+    receiver: TimedReceiver, asked: dict[str, Any], also: Callable[[dict[str, Any]], Awaitable[Any]] | None
 ) -> Any:
     transfer_id = bytes.fromhex(asked.get("transfer_id", ""))
     match asked["what"]:
@@ -159,7 +172,7 @@ async def _answer(
             await receiver.commit(
                 transfer_id, Manifest(asked["num_chunks"], asked["num_bytes"], bytes.fromhex(asked["digest"]))
             )
-            return time.perf_counter()
+            return receiver.verified_s.pop(transfer_id)
         case "release":
             return receiver.release(transfer_id)
         case "fence":

@@ -7,8 +7,9 @@ at once. The receiver is another process. In one run, the physical bound first:
 
     copy       one contiguous peer copy of 1 GiB by the copy engine
     kernel     the push kernel alone, by GPU events, without and with taking the digest
-    transfer   cuda_ipc from open to the answer that the manifest is verified; with the commit's answer; pushed as four
-               stretches of 8 layers; back to back, two in flight; of 128 pages. `unchecked`: as if nobody took digests
+    transfer   cuda_ipc from open until the receiver has verified the manifest; until the sender has heard so; with the
+               commit's answer; pushed as four stretches of 8 layers; back to back, two in flight; of 128 pages.
+               `unchecked`: as if nobody took digests
     nixl       the same by our transport `nixl` over UCX, where the package is installed
     nccl       256 MiB of contiguous bytes, and the same pages gathered, sent and scattered (benchmarks/nccl_cuda.py)
     cost       a matrix product of 8192^3 alone, and while pages are pushed at full speed; the same for a stretch of
@@ -76,8 +77,8 @@ async def measure(block_size: int, programs: list[int], rounds: int, copy: float
         link = await sender.connect(peer.address, endpoint)
         kernels = (kernel(source, link, num_programs, with_digest) for with_digest in (False, True))
         figures = dict(zip(("kernel", "kernel_digest"), kernels, strict=True))
-        verified, committed = await transfers(source, peer, link, rounds, count)
-        figures |= {"transfer": verified, "transfer_committed": committed}
+        whole = await transfers(source, peer, link, rounds, count)
+        figures |= dict(zip(("transfer", "transfer_heard", "transfer_committed"), whole, strict=True))
         figures["transfer_stretches"] = (await transfers(source, peer, link, rounds, count, STRETCHES))[0]
         figures["transfer_steady"] = await steady(source, peer, link, rounds, count)
         if count != 128:
@@ -180,7 +181,7 @@ async def nixl(source: BlockMemory, peer: Peer, rounds: int) -> float | None:
         return None
     sender = create_sender("nixl", source, SOURCE)
     link = await sender.connect(peer.address, endpoint)
-    verified, _ = await transfers(source, peer, link, rounds, num_pages(source.block_size))
+    verified, *_ = await transfers(source, peer, link, rounds, num_pages(source.block_size))
     await sender.close()
     return verified
 

@@ -1,4 +1,4 @@
-"""Whole transfers of scattered pages into a peer's pool, from `open` to the answer that the manifest is verified there.
+"""Whole transfers of scattered pages into a peer's pool, from `open` until the manifest is verified there.
 
 What benchmarks/transfer_cuda.py reports and benchmarks/transfer_trace.py takes apart. All layers are there already, as
 a prefix is that the prefill worker had cached, or a turn that goes back: they are pushed at once, or as four stretches
@@ -37,9 +37,10 @@ def push(outgoing: Outgoing, block_ids: Sequence[int], num_layers: int, stretche
 
 async def transfers(
     source: BlockMemory, peer: Peer, link: Link, rounds: int, count: int, stretches: int = 1
-) -> tuple[float, float]:
-    """GB/s, medians: until the answer that all of `count` pages is verified, and until the commit is answered."""
-    verified, committed = [], []
+) -> tuple[float, float, float]:
+    """GB/s, medians: until the receiver has verified the manifest of all of `count` pages, until the sender has heard
+    so, and until the commit is answered."""
+    verified, heard, committed = [], [], []
     for index in range(rounds + WARM_UP):
         mine, theirs = (random.Random(index + seed).sample(range(source.num_blocks), count) for seed in (0, 1000))
         transfer_id, placement = await peer.grant(theirs, link.transport)
@@ -47,12 +48,12 @@ async def transfers(
         outgoing = link.open(transfer_id, placement=placement)
         push(outgoing, tuple(mine), source.num_layers, stretches)
         manifest = await outgoing.finish()
-        verified_s = time.perf_counter()
-        await peer.commit(transfer_id, manifest)
-        verified.append(verified_s - started_s)
+        heard.append(time.perf_counter() - started_s)
+        verified.append(await peer.commit(transfer_id, manifest) - started_s)
         committed.append(time.perf_counter() - started_s)
     gb = count * source.width(0, source.num_layers) / 1e9
-    return gb / statistics.median(verified[WARM_UP:]), gb / statistics.median(committed[WARM_UP:])
+    medians = (statistics.median(each[WARM_UP:]) for each in (verified, heard, committed))
+    return tuple(gb / median for median in medians)  # type: ignore[return-value]
 
 
 async def steady(source: BlockMemory, peer: Peer, link: Link, rounds: int, count: int) -> float:
