@@ -160,6 +160,7 @@ class Admission:
         num_hits, block_ids, hashes = blocks
         extra = self.blocks.pool.allocate(growth)
         assert extra is not None, "the room to grow was counted"
+        hashes = self.blocks.hashes(request, hashes)  # now, and not when it is adopted
         self.held[entry.owner] = HeldReservation(request, block_ids, num_hits, extra, hashes)
         return Reservation(entry.owner, tuple(block_ids), num_hits * self.blocks.block_size, self.next_generation())
 

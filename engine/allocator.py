@@ -1,10 +1,12 @@
 """Which blocks a prompt takes, and which of them others may find again: the scheduler's arithmetic over the pool."""
 
 import math
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 from engine.block_pool import BlockPool
-from engine.prefix import block_hashes
+from engine.prefix import block_hashes, following
 from engine.request import Request
 from engine.sequence import Plan, Sequence
 
@@ -26,12 +28,20 @@ class Allocator:
         """(number of hits, blocks, hashes) for `num_tokens`, if `spare` blocks remain after it; else None.
 
         Hits stop at the last whole block of the first n - 1 tokens: the last token is always computed, for its logits;
-        and at a multiple of `align` blocks.
+        and at a multiple of `align` blocks. Hashes are computed up to the first that is no hit: the others can wait
+        for `commit`, and the prompt cannot.
         """
         hits: list[int] = []
         if self.caches(request):
-            hashes = block_hashes(token_ids, self.block_size, request.namespace, hashes)
-            hits = self.match(hashes[: (len(token_ids) - 1) // self.block_size], align)
+            first, hashes = hashes, list(hashes)
+
+            def each() -> Iterator[bytes]:
+                yield from first
+                for block_hash in following(token_ids, self.block_size, request.namespace, first):
+                    hashes.append(block_hash)
+                    yield block_hash
+
+            hits = self.match(islice(each(), (len(token_ids) - 1) // self.block_size), align)
         needed = self.num_blocks(num_tokens) - len(hits)
         fresh = self.pool.allocate(needed) if needed + spare <= self.pool.num_free else None
         if fresh is None:
@@ -39,7 +49,7 @@ class Allocator:
             return None
         return len(hits), hits + fresh, hashes
 
-    def match(self, hashes: Seq[bytes], align: int) -> list[int]:
+    def match(self, hashes: Iterable[bytes], align: int) -> list[int]:
         """The cached blocks of the longest known prefix of `hashes`, a multiple of `align`, with a reference each."""
         hits = self.pool.match(hashes)
         whole = len(hits) // align * align
@@ -94,6 +104,12 @@ class Allocator:
 
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def hashes(self, request: Request, known: list[bytes]) -> list[bytes]:
+        """Of all full blocks of its tokens."""
+        if not self.caches(request):
+            return known
+        return block_hashes(request.token_ids, self.block_size, request.namespace, known)
 
     def caches(self, request: Request) -> bool:
         return self.enable_prefix_caching and request.use_prefix_cache

@@ -85,6 +85,7 @@ class Engine:
         self._on_events = on_events
         self._sinks: dict[str, KVSink] = {}  # engine thread only
         self._grants: dict[str, Future[Reservation]] = {}  # engine thread only
+        self._adopted: list[Future[None]] = []  # engine thread only: to be answered
         self._flights = Flights(runner, self._scheduler)  # engine thread only
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []  # guarded by _wake, as is all below
@@ -166,7 +167,7 @@ class Engine:
                     raise ValueError(f"id: {request.id!r} is in this engine already")
                 self._scheduler.adopt(owner, request, first_tokens)
                 self._ids.add(request.id)
-            _resolve(future, None)
+            self._adopted.append(future)
 
         self._do(take, future)
         return future
@@ -279,17 +280,25 @@ class Engine:
         self._apply()
         plan = self._scheduler.schedule()
         if plan.events:
+            self._answer_adopted()
             self._emit(plan.events)  # before the step: who hears Started takes the time
         self._tell_sinks(plan)
         is_busy = bool(plan.rows or self._flights)
         ahead = self._runner.runs_ahead and plan.rows and not plan.must_settle and not any(r.report for r in plan.rows)
         events = self._flights.launch(plan, self._sinks) if plan.rows else []
+        self._answer_adopted()
         events += self._flights.take_in(1 if ahead else 0)
         self._apply()
         self._settle()
         if events:
             self._emit(events)
         return is_busy
+
+    def _answer_adopted(self) -> None:
+        """Only once their first step is launched: whoever wakes would want Python's lock while it is."""
+        adopted, self._adopted = self._adopted, []
+        for future in adopted:
+            _resolve(future, None)
 
     def _tell_sinks(self, plan: Plan) -> None:
         for reservation in plan.granted:

@@ -6,8 +6,10 @@
 All int32. Offsets follow from the numbers of tokens and rows, so a graph captured for a bucket finds its own again.
 """
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -15,8 +17,6 @@ import torch
 from engine.paged_attention import Chunk, Singles, count_tiles
 from engine.sampler import GREEDY_BELOW, row_key
 from engine.sequence import Row
-
-_M32 = 2**32 - 1
 
 
 @dataclass(slots=True)
@@ -51,36 +51,37 @@ class Inputs:
     ):
         self.windows, self._tile, self._queries = sorted(set(windows)), tile, queries
         self._last_window = windows[-1]
-        size = self._offsets(max_tokens, max_rows, max_rows)["tables"][0] + max_table
+        self._layouts: dict[tuple[int, int, int], _Layout] = {}
+        size = self._layout(max_tokens, max_rows, max_rows).size + max_table
         pinned = device.type == "cuda"
         self._host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._numbers = [buffer.numpy() for buffer in self._host]
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self._turn = 0
         self.num_bytes = 4 * size
 
     def views(self, num_tokens: int, num_rows: int, num_chunks: int) -> StepTensors:
         """`num_chunks`: how many rows of several tokens there can be."""
-        at = self._offsets(num_tokens, num_rows, num_chunks)
-
-        def view(name: str) -> torch.Tensor:
-            return self._device[slice(*at[name])]
-
-        singles = Singles(view("kv_lens"), view("tables"), view("starts"), {w: view(f"tiles{w}") for w in self.windows})
+        layout = self._layout(num_tokens, num_rows, num_chunks)
+        parts = self._device[: layout.size].split(layout.splits)[::2]  # between them lies what rounds up
+        view = dict(zip(layout.starts, parts, strict=True))
+        tables = self._device[layout.size :]
+        singles = Singles(view["kv_lens"], tables, view["starts"], {w: view[f"tiles{w}"] for w in self.windows})
         tails = singles
         if num_chunks:
-            tails = Singles(view("tail_lens"), singles.tables, singles.starts, {self._last_window: view("tail_tiles")})
+            tails = Singles(view["tail_lens"], tables, singles.starts, {self._last_window: view["tail_tiles"]})
         return StepTensors(
-            view("ids"),
-            view("sources"),
-            view("positions"),
-            view("slots"),
-            view("last"),
-            view("keys").view(2, num_rows),
-            view("temperatures").view(torch.float32),
+            view["ids"],
+            view["sources"],
+            view["positions"],
+            view["slots"],
+            view["last"],
+            view["keys"].view(2, num_rows),
+            view["temperatures"].view(torch.float32),
             singles,
             tails,
-            view("chunks").view(-1, 4),
-            view("work").view(-1, 2),
+            view["chunks"].view(-1, 4),
+            view["work"].view(-1, 2),
         )
 
     def fill(
@@ -92,107 +93,162 @@ class Inputs:
         sources: Mapping[int, int],  # id(sequence) -> the row of the step before that samples its next token
         block_size: int,
     ) -> list[Chunk]:
-        """Writes and sends. Returns the rows of several tokens, for attention that is launched row by row."""
-        at = self._offsets(num_tokens, num_rows, num_chunks)
+        """Writes and sends. Returns the rows of several tokens, for attention that is launched row by row.
+
+        After a pause all of this is met cold, and one operation on an array costs as much as a hundred numbers: so
+        what rows need becomes one list, and only a chunk's tokens are arrays.
+        """
+        layout = self._layout(num_tokens, num_rows, num_chunks)
         self._turn ^= 1
-        buffer = self._host[self._turn]
-        host = buffer.numpy()
-
-        def part(name: str) -> np.ndarray:
-            return host[slice(*at[name])]
-
-        ids, positions, slots, last = part("ids"), part("positions"), part("slots"), part("last")
-        tables, starts = part("tables"), part("starts")
-        ids[:] = positions[:] = 0
-        slots[:] = part("sources")[:] = -1
-        kv_lens = part("kv_lens")
-        kv_lens[:] = 0
-        token = width = 0
-        spans = []
+        host = self._numbers[self._turn]
+        ids, late, positions, slots = [], [], [], []  # of rows of one token
+        kv_lens, starts, last, spans = [], [], [], []
         table: list[int] = []
-        for i, row in enumerate(rows):
-            block_ids, stop = row.sequence.block_ids, row.stop
-            starts[i] = len(table)
+        token = 0
+        for row in rows:
+            sequence, place, stop = row.sequence, row.start, row.stop
+            block_ids = sequence.block_ids
+            starts.append(len(table))
             table += block_ids[: -(-stop // block_size)]
             if row.num_tokens == 1:
-                place = row.start
-                token_ids = row.sequence.token_ids
-                if place < len(token_ids):
-                    ids[token] = token_ids[place]
-                else:
-                    ids[token] = 0
-                    part("sources")[token] = sources[id(row.sequence)]
-                positions[token] = place
-                slots[token] = block_ids[place // block_size] * block_size + place % block_size
-                kv_lens[i] = stop
+                is_known = place < len(sequence.token_ids)
+                ids.append(sequence.token_ids[place] if is_known else 0)
+                late.append(-1 if is_known else sources[id(sequence)])
+                positions.append(place)
+                slots.append(block_ids[place // block_size] * block_size + place % block_size)
+                kv_lens.append(stop)
             else:
-                places = np.arange(row.start, stop)
-                here = slice(token, token + row.num_tokens)
-                ids[here] = row.sequence.token_ids[row.start : stop]
-                positions[here] = places
-                blocks = np.array(block_ids)
-                slots[here] = blocks[places // block_size] * block_size + places % block_size
-                spans.append((token, row.num_tokens, stop, int(starts[i]), len(table)))
+                spans.append((token, row.num_tokens, stop, starts[-1], len(table)))
+                kv_lens.append(0)
             token += row.num_tokens
-            last[i] = token - 1
-        width = len(table)
-        tables[:width] = table
-        last[len(rows) :] = 0
+            last.append(token - 1)
+        singles = dict(ids=(ids, 0), sources=(late, -1), positions=(positions, 0), slots=(slots, -1))
+        numbers = _Numbers(layout, "last" if num_chunks else "ids")
+        for name, (values, padding) in singles.items():
+            if num_chunks:
+                part = host[layout.starts[name] :][:num_tokens]
+                part[: len(values)] = values
+                part[len(values) if name == "sources" else token :] = padding
+            else:
+                numbers.add(name, values, padding)
+        numbers.add("last", last)
+        numbers.add("kv_lens", kv_lens)
+        numbers.add("starts", starts)
         for window in self.windows:
-            counts = [count_tiles(row.stop, window, self._tile) if row.num_tokens == 1 else 0 for row in rows]
-            _fill_sums(part(f"tiles{window}"), counts)
+            counts = [count_tiles(n, window, self._tile) for n in kv_lens]
+            numbers.add(f"tiles{window}", *_sums(counts))
         if num_chunks:
             stops = [row.stop for row in rows]
-            part("tail_lens")[: len(rows)] = stops
-            part("tail_lens")[len(rows) :] = 0
-            _fill_sums(part("tail_tiles"), [count_tiles(stop, self._last_window, self._tile) for stop in stops])
-            self._fill_chunks(spans, part("chunks").reshape(-1, 4), part("work").reshape(-1, 2))
-        self._fill_sampling(rows, part("keys").reshape(2, -1), part("temperatures").view(np.float32))
-        sent = at["tables"][0] + width
-        self._device[:sent].copy_(buffer[:sent], non_blocking=True)
-        first = at["tables"][0]
+            numbers.add("tail_lens", stops)
+            numbers.add("tail_tiles", *_sums([count_tiles(stop, self._last_window, self._tile) for stop in stops]))
+        sampling = [_sampling(row) for row in rows]
+        rest = [0] * (num_rows - len(rows))
+        numbers.add("keys", [low for low, _, _ in sampling] + rest + [high for _, high, _ in sampling])
+        numbers.add("temperatures", [temperature for _, _, temperature in sampling])
+        numbers.add("chunks", [n for span in spans for n in span[:4]])
+        numbers.add("work", self._work(spans), -1)
+        sent = numbers.write(host, table)
+        if num_chunks:
+            self._fill_tokens(host, layout, rows, spans, block_size)
+        self._device[:sent].copy_(self._host[self._turn][:sent], non_blocking=True)
         return [
-            Chunk(start, count, stop, self._device[first + low : first + high])
+            Chunk(start, count, stop, self._device[layout.size + low : layout.size + high])
             for start, count, stop, low, high in spans
         ]
 
-    def _fill_sampling(self, rows: Sequence[Row], keys: np.ndarray, temperatures: np.ndarray) -> None:
-        temperatures[:] = 0
-        for i, row in enumerate(rows):
-            sampling = row.sequence.request.sampling
-            if row.samples and sampling.temperature >= GREEDY_BELOW:
-                offset = row.stop - row.sequence.request.num_prompt_tokens
-                key = row_key(sampling.seed, row.sequence.index, offset)
-                keys.view(np.uint32)[:, i] = key & _M32, key >> 32
-                temperatures[i] = sampling.temperature
+    def _fill_tokens(
+        self, host: np.ndarray, layout: "_Layout", rows: Sequence[Row], spans: Sequence[tuple[int, ...]], size: int
+    ) -> None:
+        chunks = [row for row in rows if row.num_tokens > 1]
+        ids, positions, slots = (host[layout.starts[name] :] for name in ("ids", "positions", "slots"))
+        for row, (token, count, stop, _, _) in zip(chunks, spans, strict=True):
+            first = row.start // size
+            blocks = np.array(row.sequence.block_ids[first : -(-stop // size)], np.int32)
+            every = (blocks[:, None] * size + np.arange(size, dtype=np.int32)).ravel()
+            here = slice(token, token + count)
+            ids[here] = row.sequence.token_ids[row.start : stop]
+            positions[here] = np.arange(row.start, stop, dtype=np.int32)
+            slots[here] = every[row.start - first * size :][:count]
 
-    def _fill_chunks(self, spans: list[tuple[int, int, int, int, int]], chunks: np.ndarray, work: np.ndarray) -> None:
-        work[:] = -1
+    def _work(self, spans: Sequence[tuple[int, ...]]) -> list[int]:
+        """Tiles of queries, those with the most keys first, or the last one to start ends alone."""
         tiles = []
-        for i, (start, count, stop, low, _) in enumerate(spans):
-            chunks[i] = start, count, stop, low
+        for i, (_, count, stop, _, _) in enumerate(spans):
             tiles += [(stop - count + q, i, q // self._queries) for q in range(0, count, self._queries)]
-        if tiles:
-            tiles.sort(reverse=True)  # those with the most keys first, or the last one to start ends alone
-            work[: len(tiles)] = np.array(tiles)[:, 1:]
+        tiles.sort(reverse=True)
+        return [n for _, chunk, part in tiles for n in (chunk, part)]
 
-    def _offsets(self, num_tokens: int, num_rows: int, num_chunks: int) -> dict[str, tuple[int, int]]:
+    def _layout(self, num_tokens: int, num_rows: int, num_chunks: int) -> "_Layout":
+        shape = num_tokens, num_rows, num_chunks
+        found = self._layouts.get(shape)
+        if found is None:
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            found = self._layouts[shape] = self._lay_out(*shape)
+        return found
+
+    def _lay_out(self, num_tokens: int, num_rows: int, num_chunks: int) -> "_Layout":
         sizes = dict(ids=num_tokens, sources=num_tokens, positions=num_tokens, slots=num_tokens)
         sizes |= dict(last=num_rows, kv_lens=num_rows, starts=num_rows)
         sizes |= {f"tiles{window}": num_rows + 1 for window in self.windows}
         sizes |= dict(tail_lens=num_rows, tail_tiles=num_rows + 1) if num_chunks else {}
         sizes |= dict(keys=2 * num_rows, temperatures=num_rows, chunks=4 * num_chunks)
         sizes |= dict(work=2 * (num_tokens // self._queries + num_chunks) if num_chunks else 0)
-        found, at = {}, 0
+        starts, stops, splits, at = {}, {}, [], 0
         for name, size in sizes.items():
-            found[name] = (at, at + size)
-            at += -(-size // 4) * 4  # 16-byte starts
-        found["tables"] = (at, None)  # type: ignore[assignment]
-        return found
+            starts[name], stops[name] = at, at + -(-size // 4) * 4  # 16-byte starts
+            splits += [size, -size % 4]
+            at = stops[name]
+        return _Layout(starts, stops, splits, at)
 
 
-def _fill_sums(sums: np.ndarray, counts: Sequence[int]) -> None:
+MAX_LAYOUTS = 512  # that are remembered: of graphs, and of the prompts' lengths that were last
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the parts of a shape lie, in order; tables follow."""
+
+    starts: dict[str, int]
+    stops: dict[str, int]  # rounded up
+    splits: list[int]  # each one's size, and what rounds it up
+    size: int
+
+
+class _Numbers:
+    """Consecutive parts of a layout, from `first` on."""
+
+    def __init__(self, layout: _Layout, first: str):
+        self._layout, self._begin = layout, layout.starts[first]
+        self._values: list[int] = []
+
+    def add(self, name: str, values: Sequence[int], padding: int = 0) -> None:
+        assert self._begin + len(self._values) == self._layout.starts[name], f"{name} is not the next part"
+        self._values += values
+        self._values += [padding] * (self._layout.stops[name] - self._begin - len(self._values))
+
+    def write(self, host: np.ndarray, table: list[int]) -> int:
+        """And the tables behind. Returns where they end."""
+        assert self._begin + len(self._values) == self._layout.size, "parts are missing"
+        self._values += table
+        stop = self._begin + len(self._values)
+        host[self._begin : stop] = self._values
+        return stop
+
+
+def _sums(counts: Sequence[int]) -> tuple[list[int], int]:
     """The running sum, from 0 on; what lies behind stays at the total."""
-    sums[0] = 0
-    sums[1 : len(counts) + 1] = np.cumsum(counts)
-    sums[len(counts) + 1 :] = sums[len(counts)]
+    sums = list(accumulate(counts, initial=0))
+    return sums, sums[-1]
+
+
+def _sampling(row: Row) -> tuple[int, int, int]:
+    """The random key's halves and the temperature, as they lie in an int32; zeros: greedy, or no token is wanted."""
+    sampling = row.sequence.request.sampling
+    if not row.samples or sampling.temperature < GREEDY_BELOW:
+        return 0, 0, 0
+    key = row_key(sampling.seed, row.sequence.index, row.stop - row.sequence.request.num_prompt_tokens)
+    return _KEY.unpack(_BITS.pack(key, sampling.temperature))
+
+
+_BITS, _KEY = struct.Struct("<Qf"), struct.Struct("<iii")

@@ -1,6 +1,6 @@
 """What this engine can ever take: a request against model and pool. Constants only, so any thread may ask."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from engine.request import Request
@@ -59,10 +59,11 @@ class Limits:
         if sampling.num_sequences > self.max_num_seqs:
             raise ValueError(f"num_sequences: {sampling.num_sequences} is not in [1, {self.max_num_seqs}]")
 
-    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"{name}: token id {token_id} is not in [0, {self.vocab_size - 1}]")
+    def _check_ids(self, name: str, token_ids: Collection[int]) -> None:
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            return
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
+        raise ValueError(f"{name}: token id {wrong} is not in [0, {self.vocab_size - 1}]")
 
 
 def num_growth_blocks(num_sequences: int, num_tokens: int, block_size: int) -> int:

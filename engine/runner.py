@@ -181,6 +181,8 @@ class Runner:
 
     def apply(self, memory_ops: list[tuple[int | None, int]]) -> None:
         """Copies and wipes blocks, in order, before anything else touches them."""
+        if not memory_ops:
+            return
         with torch.inference_mode():
             for source, target in memory_ops:
                 if source is None:
