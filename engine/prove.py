@@ -12,6 +12,7 @@ from engine.kv_cache import KVCache
 from engine.kv_layout import KVLayout
 from engine.paged_attention import Call, Workspace
 from engine.paged_batch import PagedBatch
+from engine.rope_table import RopeTable
 from engine.sequence import Row
 from engine.verify import dummy_sequence
 
@@ -26,6 +27,9 @@ def fuse_model(model: Any, device: torch.device, block_size: int = 16, max_rows:
         if model.fused is not None:
             report.whole = proof.same_logits()
             model.fused = model.fused if report.whole else None
+        if model.fused is not None:
+            like = model.fused.layers[0].pre_attention.weight
+            model.fused.rotary = RopeTable.of(model.fused.rotary, model.info.max_model_len, like) or model.fused.rotary
         return report
 
 
