@@ -217,7 +217,8 @@ class Worker:
         assert self.engine is not None
         owner = f"canary:{uuid.uuid4().hex}"
         block_size = self.engine.layout.block_size
-        num_blocks = max(1, min(num_blocks, self.engine.slab.shape[0] // 2))
+        longest = self.engine.model_info.max_model_len // block_size  # that a request may reserve
+        num_blocks = max(1, min(num_blocks, longest, self.engine.slab.shape[0] // 2))
         probe = canary_request(owner, num_blocks * block_size - 1)
         try:
             reserving = asyncio.wrap_future(self.engine.reserve(owner, probe, len(probe.token_ids)))

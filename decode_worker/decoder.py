@@ -1,11 +1,12 @@
 """What a decode worker does with runs: expect, reserve, adopt, stream, end.
 
-Everything here runs on the event loop; the engine is reached through its thread-safe calls, its events come back
-through the Dispatcher.
+Everything here but `begin_adoption` runs on the event loop; the engine is reached through its thread-safe calls, its
+events come back through the Dispatcher.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from decode_worker.runs import Run, RunState, RunTable
 from engine.dispatch import Dispatcher
@@ -97,28 +98,36 @@ class Decoder:
     async def adopt(self, run: Run, first_tokens: Sequence[FirstToken]) -> None:
         """The KV is verified: make it visible and decode. Raises KeyError or ValueError if that is no longer possible,
         and says so to the router, which counts on the run as soon as it hears Adopted."""
-        if run.state is not RunState.GRANTED:
-            raise KeyError(run.run_id)
-        run.num_open_sequences = sum(not token.finished for token in first_tokens)
-        if len(first_tokens) == 1:
-            run.output.append(first_tokens[0].token_id)
-        # Set before the engine is told, so that a racing end() aborts what is being adopted.
-        run.state = RunState.ADOPTED
-        adopting = self.engine.adopt(run.owner, run.request, first_tokens)  # its thread is waiting: first of all
-        # Still before the engine's first events, which wait for this loop, so that the router hears Adopted first.
-        run.emit(run.entry(adopted=worker_pb2.Adopted()))
+        adopting = self.begin_adoption(run, first_tokens)
+        self._announce(run)
         try:
             await asyncio.wrap_future(adopting)
         except (KeyError, ValueError) as error:
             self.fail(run, inference_pb2.ERROR_REASON_INTERNAL, f"the KV could not be adopted: {error}", True)
             raise
 
+    def begin_adoption(self, run: Run, first_tokens: Sequence[FirstToken]) -> "Future[None]":
+        """As `adopt`, on any thread, up to where the engine has been asked: who gets here first asks it."""
+        with run.lock:
+            if run.adopting is None:
+                if run.state is not RunState.GRANTED:
+                    raise KeyError(run.run_id)
+                run.num_open_sequences = sum(not token.finished for token in first_tokens)
+                if len(first_tokens) == 1:
+                    run.output.append(first_tokens[0].token_id)
+                # Set before the engine is told, so that a racing end() aborts what is being adopted.
+                run.state = RunState.ADOPTED
+                run.adopting = self.engine.adopt(run.owner, run.request, first_tokens)
+            return run.adopting
+
     # Ends
 
     def end(self, run: Run) -> None:
         """Whatever its phase: pages, reservation and ticket come back, later messages are refused. Idempotent."""
-        if run.state is RunState.OVER:
-            return
+        with run.lock:
+            if run.state is RunState.OVER:
+                return
+            run.state = RunState.OVER
         self._dispatcher.remove(run.owner)
         self._touched.pop(run.owner, None)
         if run.transfer_id:
@@ -147,7 +156,14 @@ class Decoder:
 
     # From the engine
 
+    def _announce(self, run: Run) -> None:
+        """Before the engine's first events, so that the router hears Adopted first."""
+        if run.adopting is not None and not run.is_announced:
+            run.is_announced = True
+            run.emit(run.entry(adopted=worker_pb2.Adopted()))
+
     def _on_event(self, run: Run, event: Event) -> None:
+        self._announce(run)
         match event:
             case Token():
                 self._add_token(run, event)

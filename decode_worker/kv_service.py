@@ -19,11 +19,10 @@ from decode_worker.decoder import Decoder
 from decode_worker.fencing import Fencing
 from decode_worker.runs import Run, RunState
 from engine.request import FirstToken, Request, SamplingParams
-from engine.wire import token_hash
-from kv_transfer.base import PROTOCOL_VERSION, Answer
+from kv_transfer.base import PROTOCOL_VERSION, Answer, TransferError
 from kv_transfer.create import Transports
 from kv_transfer.placement import placement_to_pb
-from kv_transfer.refusal import Refusal, answer, check_target, verify
+from kv_transfer.refusal import Refusal, answer, check_target, manifest_of, verify
 from kv_transfer.two_sided import MAX_CHUNK_BYTES
 from kv_transfer.writers import Writers
 from protos import inference_pb2
@@ -104,7 +103,12 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         return await answer(context, lambda: asyncio.shield(self._committing(request)))
 
     def commit_from_socket(self, request: kv.CommitRequest, tell: Callable[[Answer], None]) -> None:
-        """On the control server's thread (kv_transfer/control_server.py). `tell` hears what the call would answer."""
+        """On the control server's thread (kv_transfer/control_server.py). `tell` hears what the call would answer.
+
+        What is verified already is adopted from here: the engine need not wait for the loop, which does the rest, or
+        finds again what is wrong, and says so."""
+        with contextlib.suppress(Refusal, TransferError, KeyError):
+            self._adopt_early(request)
 
         def begin() -> None:
             self._committing(request).add_done_callback(lambda task: tell(_answer(task)))
@@ -176,6 +180,7 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             run.state = RunState.EXPECTED
             raise Refusal(grpc.StatusCode.ABORTED, str(error)) from error
         self._decoder.runs.granted(run, transfer_id)
+        self._loop.call_soon(run.token_hash)  # behind the answer, not between commit and adoption
         return kv.ReserveResponse(
             transfer_id=transfer_id,
             cached_tokens=reservation.num_cached_tokens,
@@ -238,15 +243,22 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             self._decoder.fail(run, reason, refusal.message, True)
             raise
         try:
-            first_tokens = [FirstToken(token.token_id, token.finished) for token in request.first_tokens]
-            await self._decoder.adopt(run, first_tokens)
+            await self._decoder.adopt(run, _first_tokens(request))
         except (KeyError, ValueError) as error:
             raise Refusal(grpc.StatusCode.NOT_FOUND, f"the run ended before its KV was adopted: {error}") from None
         return kv.CommitResponse(num_bytes=request.num_bytes)
 
+    def _adopt_early(self, request: kv.CommitRequest) -> None:
+        """On any thread, without waiting. Raises what keeps it from adopting now."""
+        run = self._decoder.runs.by_transfer(request.transfer_id)
+        if run is not None:
+            self._check_claims(run, request)
+            if self._decoder.receiver.settle(request.transfer_id, manifest_of(request)):
+                self._decoder.begin_adoption(run, _first_tokens(request))
+
     def _check_claims(self, run: Run, request: kv.CommitRequest) -> None:
         token_ids = run.request.token_ids
-        if request.num_tokens != len(token_ids) or request.token_hash != token_hash(token_ids):
+        if request.num_tokens != len(token_ids) or request.token_hash != run.token_hash():
             raise Refusal(grpc.StatusCode.DATA_LOSS, f"the KV is of other tokens than run {run.run_id} has")
         if len(request.first_tokens) != run.request.sampling.num_sequences:
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "one first token per sequence is needed")
@@ -291,6 +303,10 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             self._decoder.engine.quarantine(owner)
         else:
             self._decoder.engine.release(owner)
+
+
+def _first_tokens(request: kv.CommitRequest) -> list[FirstToken]:
+    return [FirstToken(token.token_id, token.finished) for token in request.first_tokens]
 
 
 def _answer(task: "asyncio.Task[kv.CommitResponse]") -> Answer:

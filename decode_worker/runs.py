@@ -5,16 +5,20 @@
         |  (no source: prefilled here) -------------------------> ADOPTED
         +---------------------+-------------------+-------------------+--> over (cancelled, failed, expired, superseded)
 
-A run that is over leaves a tombstone (run id, attempt), so that what still comes for it is refused.
+Commit may come on another thread than the event loop, which has the rest: between it and an end, the run's lock
+decides. A run that is over leaves a tombstone (run id, attempt), so that what still comes for it is refused.
 """
 
 import asyncio
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from engine.request import Request
+from engine.wire import token_hash
 from protos import kv_transfer_pb2 as kv
 from protos import worker_pb2
 
@@ -44,11 +48,20 @@ class Run:
     output: list[int] = field(default_factory=list)  # tokens after request.token_ids, while there is one sequence
     deadline: asyncio.TimerHandle | None = None
     entries: dict[int, worker_pb2.StepEntry] = field(default_factory=dict)  # of the step being gathered, by sequence
+    lock: threading.Lock = field(default_factory=threading.Lock)  # to leave GRANTED, and to be over
+    adopting: "Future[None] | None" = None  # the engine's answer, once it has been asked to
+    is_announced: bool = False  # as adopted, to the router
+    _token_hash: bytes = b""
 
     @property
     def owner(self) -> str:
         """What the engine knows this attempt's pages by."""
         return self.request.id
+
+    def token_hash(self) -> bytes:
+        """What a commit must say its KV is of. Computed once."""
+        self._token_hash = self._token_hash or token_hash(self.request.token_ids)
+        return self._token_hash
 
     def entry(self, **fields) -> worker_pb2.StepEntry:
         return worker_pb2.StepEntry(run_id=self.run_id, attempt=self.attempt, **fields)

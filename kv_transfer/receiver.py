@@ -255,6 +255,12 @@ class Receiver:
                     if not moved and ticket.state in (State.GRANTED, State.RECEIVING):
                         self._fail(ticket, TransferBroken(f"no chunk came for {self.progress_s} s before the last one"))
 
+    def settle(self, transfer_id: bytes, manifest: Manifest) -> bool:
+        """As `commit`, on any thread and without waiting. False: chunks are under way."""
+        ticket = self._find(transfer_id)
+        with ticket.lock:
+            return self._settle(ticket, manifest)
+
     def watch(self, transfer_id: bytes, watcher: Callable[[TransferError], None]) -> None:
         """Calls `watcher` once if the ticket ends badly, with what its next chunk would be told: on any thread, under
         the ticket's lock, so it must not block."""

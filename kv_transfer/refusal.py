@@ -37,11 +37,14 @@ def check_target(target: kv.WorkerRef, me: kv.WorkerRef) -> None:
         raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, text)
 
 
+def manifest_of(request: kv.CommitRequest) -> Manifest:
+    return Manifest(num_chunks=request.num_chunks, num_bytes=request.num_bytes, digest=request.digest)
+
+
 async def verify(receiver: Receiver, request: kv.CommitRequest) -> None:
     """Returns once every byte of the transfer lies checked in its pages."""
-    manifest = Manifest(num_chunks=request.num_chunks, num_bytes=request.num_bytes, digest=request.digest)
     try:
-        await receiver.commit(request.transfer_id, manifest)
+        await receiver.commit(request.transfer_id, manifest_of(request))
     except TransferCorrupt as error:
         raise Refusal(grpc.StatusCode.DATA_LOSS, str(error)) from error
     except TransferUnfit as error:

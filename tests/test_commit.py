@@ -6,11 +6,13 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
 
 from decode_worker.kv_service import KvTransferServicer
+from decode_worker.session import Outbox
 from kv_transfer import control_link, peers
 from kv_transfer.base import Answer, Manifest
 from kv_transfer.control import NO_TRANSFER, pack_answer, parse_answer
@@ -280,6 +282,49 @@ async def test_a_request_cancelled_while_its_commit_is_on_the_way(tiny, commits:
         if is_late:
             held[0]()
         commits.on_commit = lambda take: take()  # type: ignore[method-assign]
+        await compare()
+
+
+def be_late(s: Service, busy_s: float) -> threading.Event:
+    """The decode worker's event loop hears of a commit so much later. Set when it has been told."""
+    servicer, told = s.worker("decode")._kv, threading.Event()
+    loop = servicer._loop
+
+    def call_soon_threadsafe(begin: Callable[[], None]) -> None:
+        loop.call_soon_threadsafe(loop.call_later, busy_s, begin)
+        told.set()
+
+    servicer._loop = SimpleNamespace(call_soon=loop.call_soon, call_soon_threadsafe=call_soon_threadsafe)  # type: ignore[assignment]
+    return told
+
+
+@needs_nixl
+async def test_adopted_is_said_first_though_the_engine_was_faster(
+    tiny, commits: Commits, monkeypatch: pytest.MonkeyPatch
+):
+    said: list[str] = []
+    put = Outbox.put
+
+    def queued(outbox: Outbox, entry) -> None:
+        said.append(entry.WhichOneof("event") or "tokens")
+        put(outbox, entry)
+
+    async with expecting(tiny, commits, 1) as (s, compare):
+        be_late(s, 0.1)
+        monkeypatch.setattr(Outbox, "put", queued)
+        await compare()
+    assert said[0] == "adopted" and said.count("adopted") == 1 and len(said) > 2
+
+
+@needs_nixl
+async def test_a_request_cancelled_between_adoption_and_its_word(tiny, commits: Commits):
+    """The engine has been asked to adopt, the loop knows nothing of it and ends the run: it is as if it had."""
+    async with expecting(tiny, commits, 1) as (s, compare):
+        told = be_late(s, 0.5)
+        call = s.stub.GenerateStream(request(list(range(90)), 100, ignore_eos=True))
+        assert await asyncio.to_thread(told.wait, 10)
+        call.cancel()
+        await s.settle()
         await compare()
 
 
