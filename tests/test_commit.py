@@ -228,6 +228,7 @@ async def test_a_socket_that_dies_at_commit_costs_nothing(tiny, commits: Commits
     async with expecting(tiny, commits, 1) as (_s, compare):
 
         def die(take: Callable[[], None]) -> None:
+            monkeypatch.setattr(_Link, "answer", lambda *args: None)  # the loop could be faster than the end
             if taken:
                 take()
             raise OSError("the socket has died")
