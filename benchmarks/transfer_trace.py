@@ -83,15 +83,22 @@ def trace_sender(transport: str) -> None:
 
 def time_writes() -> None:
     """How long the GPU had for each write, from where its stream came to it to its end. Before the first one."""
-    from kv_transfer.cuda_slot import Slot
+    from kv_transfer.cuda_slot import Looks, Slot
 
     torch.cuda.Event = functools.partial(torch.cuda.Event, enable_timing=True)  # type: ignore[assignment, misc]
-    digest = Slot.digest
+    begins, digest = Looks.begins, Slot.digest
+    writes: set[Slot] = set()  # other slots are of digests alone
+
+    def begun(self: Looks, slot: Slot) -> None:
+        writes.add(slot)
+        begins(self, slot)
 
     def timed(self: Slot, first: int, stop: int) -> int:
-        stamp(f"{WRITTEN} {self.began.elapsed_time(self.done) * 1e3:.0f} us")
+        if self in writes:
+            stamp(f"{WRITTEN} {self.began.elapsed_time(self.done) * 1e3:.0f} us")
         return digest(self, first, stop)
 
+    Looks.begins = begun  # type: ignore[method-assign]
     Slot.digest = timed  # type: ignore[method-assign]
 
 
