@@ -102,7 +102,8 @@ class Reading:
             from kv_transfer import cuda_pages  # Triton is not everywhere
 
             stream = torch.cuda.Stream(memory.slab.device, priority=priority)
-            for name, value in (("DIGEST_PROGRAMS", programs), ("side_stream", lambda device, purpose: stream)):
+            replaced = {"digest_programs": lambda size: programs, "side_stream": lambda device, purpose: stream}
+            for name, value in replaced.items():
                 self._in_service[name] = getattr(cuda_pages, name)
                 setattr(cuda_pages, name, value)
         self._thread = threading.Thread(target=self._read, args=(memory, block_ids, gb_per_s))

@@ -14,9 +14,10 @@ from kv_transfer.memory import BlockMemory, Pages
 from kv_transfer.push_kernel import Side, launch
 from kv_transfer.staging import indices, side_stream
 
-# Half of an H100's multiprocessors read 2.5 TB/s: a tenth of a millisecond for 268 MB, and what is left of it when the
-# last bytes have landed is waited for. All of them would read 4 TB/s, and the decode steps beside them would wait.
-DIGEST_PROGRAMS = 64
+# Each program reads a few chunks and ends: what waits for its multiprocessor, a kernel of a decode step, waits for
+# microseconds. Together they read 4.4 TB/s: what is left to read when the last bytes have landed is waited for.
+PROGRAM_BYTES = 256 << 10
+MIN_PROGRAMS, MAX_PROGRAMS = 64, 1024
 
 
 class PageTables:
@@ -90,8 +91,10 @@ def digests(memory: BlockMemory, pages: Sequence[Pages]) -> list[int]:
     ranges = [memory.tile_ranges(one.layer_start, one.layer_stop) for one in pages]
     stream, slots = side_stream(slab.device, "digest"), _slots(slab.device)
     held = []
+    widths = (len(one.block_ids) * memory.width(one.layer_start, one.layer_stop) for one in pages)
+    num_programs = digest_programs(sum(widths))
     with torch.cuda.stream(stream):
-        slot = slots.take(sum(map(len, ranges)), DIGEST_PROGRAMS)
+        slot = slots.take(sum(map(len, ranges)), num_programs)
         at = slot.address
         for one, found in zip(pages, ranges, strict=True):
             ids = indices(one.block_ids, slab.device, torch.int32) if one.table is None else one.table
@@ -100,7 +103,7 @@ def digests(memory: BlockMemory, pages: Sequence[Pages]) -> list[int]:
             side = Side(slab.data_ptr(), slab.shape[1], size, ids.data_ptr(), first)
             tokens = one.tokens or (one.block_start * size, (one.block_start + len(one.block_ids)) * size)
             for tiles in found:
-                launch(side, None, tokens, tiles, at, DIGEST_PROGRAMS)
+                launch(side, None, tokens, tiles, at, num_programs)
                 at += slot.row_bytes
         slot.done.record(stream)
     slot.done.synchronize()  # polls, for it takes a fraction of a millisecond
@@ -110,6 +113,11 @@ def digests(memory: BlockMemory, pages: Sequence[Pages]) -> list[int]:
     return found_digests
 
 
+def digest_programs(num_bytes: int) -> int:
+    """That read so much."""
+    return min(max(num_bytes // PROGRAM_BYTES, MIN_PROGRAMS), MAX_PROGRAMS)
+
+
 @functools.cache
 def _slots(device: torch.device) -> Slots:
-    return Slots(device)
+    return Slots(device, MAX_PROGRAMS)

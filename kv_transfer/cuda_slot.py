@@ -31,8 +31,9 @@ class Slot:
 class Slots:
     """Of one device and purpose. Any thread takes; who has waited for what the slot was taken for gives it back."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, most_programs: int = 0) -> None:
         self._device = device
+        self._most_programs = most_programs  # that a slot has room for at least
         self._free: deque[Slot] = deque()
 
     def take(self, num_rows: int, num_programs: int) -> Slot:
@@ -41,7 +42,8 @@ class Slots:
         except IndexError:
             slot = None
         if slot is None or slot.most_programs < num_programs or num_rows > MAX_RANGES:
-            slot = Slot(max(num_rows, MAX_RANGES), num_programs, self._device)
+            most_programs = max(num_programs, self._most_programs)
+            slot = Slot(max(num_rows, MAX_RANGES), most_programs, self._device)
         slot.num_programs = num_programs
         return slot
 

@@ -25,8 +25,8 @@ from kv_transfer.push_kernel import (
 )
 from kv_transfer.relayout import TileRange
 
-# A program's tile is smaller, and it has fewer of them at a time: between load and store there is work in registers.
-ELEMENTS, STAGES = CHUNK_WORDS, 3
+# A program has fewer tiles at a time: between load and store there is work in registers.
+ELEMENTS, STAGES = 2 * CHUNK_WORDS, 3
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
