@@ -13,11 +13,13 @@ import pytest
 
 from decode_worker.kv_service import KvTransferServicer
 from decode_worker.session import Outbox
+from engine.request import FirstToken
 from kv_transfer import control_link, peers
 from kv_transfer.base import Answer, Manifest
 from kv_transfer.control import NO_TRANSFER, pack_answer, parse_answer
 from kv_transfer.control_server import _Link
 from kv_transfer.frames import Ack, begin_frame, commit_frame
+from kv_transfer.open_transfers import OpenTransfers
 from protos import kv_transfer_pb2 as kv
 from tests.service import Service, collect, request, service
 from tests.test_control import Raw, moved
@@ -27,9 +29,6 @@ from tests.transfer import NUM_LAYERS, SOURCE, Pair, needs_nixl, transfer_pair
 
 ENGINE = {"load_format": "dummy", "num_blocks": 128, "num_threads": 1}
 NOT_FOUND = grpc.StatusCode.NOT_FOUND.value[0]
-
-
-# One socket, and nobody behind it
 
 
 @pytest.fixture
@@ -125,6 +124,29 @@ async def test_commit_follows_the_last_write_by_itself(pair: Pair):
     assert pair.is_equal([3], [5])
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.OK, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.NOT_FOUND])
+async def test_a_peer_raises_what_the_call_would(code: grpc.StatusCode):
+    """And counts what speaks against the transport."""
+    unfit: list[str] = []
+    answer = Answer(code.value[0], "so it is")
+    async with (
+        transfer_pair("placed", on_commit=lambda request, tell: tell(answer)) as pair,
+        grpc.aio.insecure_channel(pair.address) as channel,
+    ):
+        peer = peers.Peer(kv.WorkerRef(), channel, pair.link, "", 16, OpenTransfers())
+        peer.is_unfit = unfit.append
+        outgoing = pair.open(transfer_id := pair.grant([5]))
+        outgoing.push([3], 0, 0, NUM_LAYERS)
+        if code is grpc.StatusCode.OK:
+            assert await peer.commit(transfer_id, outgoing) == await outgoing.finish()
+        else:
+            with pytest.raises(grpc.aio.AioRpcError, match="so it is") as refused:
+                await peer.commit(transfer_id, outgoing)
+            assert refused.value.code() is code
+        assert len(unfit) == (code is grpc.StatusCode.DATA_LOSS)
+        await pair.receiver.commit(transfer_id, await outgoing.finish())
+
+
 def claim_of(transfer_id: bytes, manifest: Manifest) -> kv.CommitRequest:
     return kv.CommitRequest(
         transfer_id=transfer_id,
@@ -132,9 +154,6 @@ def claim_of(transfer_id: bytes, manifest: Manifest) -> kv.CommitRequest:
         num_bytes=manifest.num_bytes,
         digest=manifest.digest,
     )
-
-
-# Two workers
 
 
 class Commits:
@@ -271,6 +290,7 @@ async def test_repeated_forged_and_late_commits(tiny, commits: Commits):
 async def test_a_request_cancelled_while_its_commit_is_on_the_way(tiny, commits: Commits, is_late: bool):
     async with expecting(tiny, commits, 1) as (s, compare):
         held: list[Callable[[], None]] = []
+        decoder = s.worker("decode")._decoder
         commits.on_commit = held.append  # type: ignore[method-assign]
         call = s.stub.GenerateStream(request(list(range(90)), 24, ignore_eos=True))
         async with asyncio.timeout(10):
@@ -278,8 +298,11 @@ async def test_a_request_cancelled_while_its_commit_is_on_the_way(tiny, commits:
                 await asyncio.sleep(0.01)
         if not is_late:
             held[0]()
+        (run,) = decoder.runs
         call.cancel()
         await s.settle()
+        with contextlib.nullcontext() if run.adopting else pytest.raises(KeyError):  # found a moment before it ended
+            decoder.begin_adoption(run, [FirstToken(1, False)])
         if is_late:
             held[0]()
         commits.on_commit = lambda take: take()  # type: ignore[method-assign]
@@ -312,8 +335,13 @@ async def test_adopted_is_said_first_though_the_engine_was_faster(
 
     async with expecting(tiny, commits, 1) as (s, compare):
         be_late(s, 0.1)
+        engine = s.worker("decode").engine
+        assert engine is not None
+        adopt, askers = engine.adopt, []
+        engine.adopt = lambda *args: askers.append(threading.current_thread().name) or adopt(*args)  # type: ignore
         monkeypatch.setattr(Outbox, "put", queued)
         await compare()
+    assert askers == ["kv-control"]
     assert said[0] == "adopted" and said.count("adopted") == 1 and len(said) > 2
 
 

@@ -21,7 +21,7 @@ import kv_transfer
 from kv_transfer import choose, cuda_driver, nixl
 from kv_transfer.base import BlockMemory, ChunkHeader, Endpoint, Link, ObjectStore, Outgoing, Placement, ReadyEvent
 from kv_transfer.checksum import crc32c
-from kv_transfer.control_server import ControlServer
+from kv_transfer.control_server import ControlServer, OnCommit, no_commits
 from kv_transfer.guards import Guards, open_guards
 from kv_transfer.receiver import Receiver
 from kv_transfer.relayout import Tiles
@@ -210,6 +210,7 @@ async def transfer_pair(
     max_chunk_bytes: int | None = None,
     progress_s: float = 5.0,
     receiver_store: ObjectStore | None = None,
+    on_commit: OnCommit = no_commits,
 ) -> AsyncIterator[Pair]:
     if source is None or target is None:
         source, target = memories(transport)
@@ -220,7 +221,7 @@ async def transfer_pair(
     stream = "grpc" if guards is not None else transport  # one-sided transports announce what they wrote
     stop = kv_transfer.serve(stream, receiver, server, receiver_store or object_store, address)
     await server.start()
-    control = ControlServer(receiver) if guards is not None else None
+    control = ControlServer(receiver, on_commit) if guards is not None else None
     endpoint, agent, sender = Endpoint(transport), None, None
     if transport in PLACED:
         assert guards is not None and control is not None
