@@ -98,11 +98,13 @@ class Reading:
     def __init__(self, memory: BlockMemory, block_ids: list[int], gb_per_s: float, programs: int, priority: int):
         self._is_over = threading.Event()
         self._in_service: dict[str, Any] = {}
-        if programs:
+        if (programs, priority) != (0, -1):
             from kv_transfer import cuda_pages  # Triton is not everywhere
 
             stream = torch.cuda.Stream(memory.slab.device, priority=priority)
-            replaced = {"digest_programs": lambda size: programs, "side_stream": lambda device, purpose: stream}
+            own = cuda_pages.digest_programs
+            replaced = {"side_stream": lambda device, purpose: stream}
+            replaced["digest_programs"] = lambda num_bytes: programs or own(num_bytes)
             for name, value in replaced.items():
                 self._in_service[name] = getattr(cuda_pages, name)
                 setattr(cuda_pages, name, value)

@@ -42,6 +42,10 @@ class Event:
         Gpu.advance()
         return self.num_passed == self.num_recorded
 
+    def elapsed_time(self, other: "Event") -> float:
+        assert self.num_recorded and other.num_recorded
+        return 1.0
+
     def synchronize(self) -> None:
         number, until_s = self.num_recorded, time.monotonic() + 20
         while self.num_passed < number:

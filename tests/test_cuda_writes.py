@@ -4,7 +4,7 @@ writes. What the real driver makes of it is test_cuda_ipc.py's to show, on GPUs.
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -16,11 +16,15 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 import kv_transfer
+from benchmarks import transfer_trace
 from benchmarks.cuda_peer import make_memory
 from kv_transfer import cuda_copy, cuda_ipc, locality, placed
 from kv_transfer.base import BlockMemory, Endpoint, Link, Outgoing
+from kv_transfer.control_link import ControlLink, ControlStream
 from kv_transfer.control_server import ControlServer
 from kv_transfer.cuda_driver import DriverError
+from kv_transfer.cuda_pages import PageTables
+from kv_transfer.cuda_slot import Looks, Slot
 from kv_transfer.guards import Guards
 from kv_transfer.receiver import Receiver
 from tests import fake_cuda
@@ -47,8 +51,11 @@ class Pushing:
 
 
 @asynccontextmanager
-async def pushing(monkeypatch: pytest.MonkeyPatch, copies: bool = False) -> AsyncIterator[Pushing]:
+async def pushing(
+    monkeypatch: pytest.MonkeyPatch, copies: bool = False, prepare: Callable[[], None] = lambda: None
+) -> AsyncIterator[Pushing]:
     fake_cuda.install(monkeypatch)
+    prepare()
     monkeypatch.setattr(cuda_copy, "works", lambda address, device: copies)
     monkeypatch.setattr(cuda_copy, "MIN_RUN_BYTES", 4096)
     shape = (16, 40, LAYERS, 2, 64)
@@ -180,6 +187,24 @@ async def test_copies_do_not_wait_for_digests_and_digests_not_for_copies(monkeyp
             await it.receiver.commit(transfer_id, await outgoing.finish())
             assert it.is_equal([1, 2, 3], [9, 4, 7])
             it.target.slab.zero_()
+
+
+@pytest.mark.parametrize("copies", [False, True])
+async def test_the_benchmark_that_stamps_every_step(monkeypatch: pytest.MonkeyPatch, copies: bool):
+    patched = [(cuda_ipc._Writer, "write"), (cuda_ipc._Write, "wait"), (cuda_copy, "copy_blocks"), (Slot, "digest")]
+    patched += [(Looks, "begins"), (PageTables, "fill"), (ControlLink, "send"), (ControlStream, "settle")]
+    for owner, name in patched:  # so that it is undone
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    async with pushing(monkeypatch, copies, lambda: transfer_trace.trace_sender("cuda_ipc")) as it:
+        transfer_id, outgoing = it.open([9, 4, 7])
+        transfer_trace.stamps.clear()
+        outgoing.push([1, 2, 3], 0, 0, LAYERS)
+        await it.receiver.commit(transfer_id, await outgoing.finish())
+    said = [what for _, what in transfer_trace.stamps]
+    expected = ["launching", *(["copying", "copy called"] if copies else []), "page ids on their way", "launched"]
+    assert said[: len(expected)] == expected
+    assert {"PLACED sent", "END sent", "landed, digest known", "answer read"} < set(said)
+    assert [what for what in said if what.startswith(transfer_trace.WRITTEN)] == [f"{transfer_trace.WRITTEN} 1000 us"]
 
 
 async def test_a_kernel_that_fails_says_so_and_the_stream_goes_on(monkeypatch: pytest.MonkeyPatch):
