@@ -17,7 +17,8 @@ from kv_transfer import cuda_driver
 from kv_transfer.cuda_driver import DriverError
 
 MIN_RUN_BYTES = 4 << 20
-FIRST_BLOCKS = 4  # under way while the driver is told of the others, which takes it some microseconds each
+# On an idle stream, under way while the driver is told of the others, which takes it some microseconds each.
+FIRST_BLOCKS = 4
 
 
 class _Attributes(ctypes.Structure):
@@ -48,6 +49,7 @@ def copy_blocks(
     target: tuple[int, int, Sequence[int]],
     run: tuple[int, int],
     stream: torch.cuda.Stream,
+    is_idle: bool = False,
 ) -> None:
     """Bytes [start, stop) of blocks to others, in order; returns at once. Either side is the address of block 0, bytes
     a block and block ids. Raises DriverError, and then
@@ -57,7 +59,8 @@ def copy_blocks(
         np.array(ids, np.uint64) * np.uint64(block_bytes) + np.uint64(address + start)
         for address, block_bytes, ids in (source, target)
     )
-    for part in (slice(FIRST_BLOCKS), slice(FIRST_BLOCKS, None)):
+    first = FIRST_BLOCKS if is_idle else 0
+    for part in (slice(first), slice(first, None)):
         if len(targets[part]):
             _copy(targets[part], sources[part], stop - start, stream)
 

@@ -220,9 +220,10 @@ class _Pool:
             ),
         )
         run = offsets[rect.layer_start], offsets[rect.layer_stop]
+        is_idle = self.stream.query()
         self._looks.begins(slot)
         try:
-            cuda_copy.copy_blocks(*places, run, self.stream)
+            cuda_copy.copy_blocks(*places, run, self.stream, is_idle)
         except cuda_driver.DriverError as error:
             _log.warning("the copy engine is left out from now on: %s", error)
             self._beside = None

@@ -60,7 +60,7 @@ def test_runs_of_blocks_by_the_copy_engine(monkeypatch: pytest.MonkeyPatch):
     sides = ((source, [4, 0, 5]), (target, [1, 7, 2]))
     monkeypatch.setattr(cuda_copy, "FIRST_BLOCKS", 2)
     places = ((memory.slab.data_ptr(), memory.slab.shape[1], ids) for memory, ids in sides)
-    cuda_copy.copy_blocks(*places, run, None)  # type: ignore[arg-type]
+    cuda_copy.copy_blocks(*places, run, None, is_idle=True)  # type: ignore[arg-type]
     assert torch.equal(target.slab[[1, 7, 2], slice(*run)], source.slab[[4, 0, 5], slice(*run)])
     assert target.slab.count_nonzero() == source.slab[[4, 0, 5], slice(*run)].count_nonzero()
 
