@@ -55,6 +55,7 @@ class Inputs:
         size = self._layout(max_tokens, max_rows, max_rows).size + max_table
         pinned = device.type == "cuda"
         self._host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # of parts that were sent
         self._numbers = [buffer.numpy() for buffer in self._host]
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self._turn = 0
@@ -150,11 +151,20 @@ class Inputs:
         sent = numbers.write(host, table)
         if num_chunks:
             self._fill_tokens(host, layout, rows, spans, block_size)
-        self._device[:sent].copy_(self._host[self._turn][:sent], non_blocking=True)
+        self._send(sent)
         return [
             Chunk(start, count, stop, self._device[layout.size + low : layout.size + high])
             for start, count, stop, low, high in spans
         ]
+
+    def _send(self, count: int) -> None:
+        """At least so many numbers of the buffer whose turn it is: whole SENT, for which both views are kept."""
+        key = self._turn, -(-count // SENT)
+        views = self._views.get(key)
+        if views is None:
+            some = slice(key[1] * SENT)
+            views = self._views[key] = self._device[some], self._host[self._turn][some]
+        views[0].copy_(views[1], non_blocking=True)
 
     def _fill_tokens(
         self, host: np.ndarray, layout: "_Layout", rows: Sequence[Row], spans: Sequence[tuple[int, ...]], size: int
@@ -202,6 +212,7 @@ class Inputs:
         return _Layout(starts, stops, splits, at)
 
 
+SENT = 1024
 MAX_LAYOUTS = 512  # that are remembered: of graphs, and of the prompts' lengths that were last
 
 

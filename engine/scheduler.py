@@ -100,7 +100,8 @@ class Scheduler:
         held = self.admission.held.get(owner)
         if held is None:
             raise KeyError(f"no reservation of {owner!r}")
-        if request.token_ids != held.request.token_ids or len(first_tokens) != request.sampling.num_sequences:
+        same = request is held.request or request.token_ids == held.request.token_ids
+        if not same or len(first_tokens) != request.sampling.num_sequences:
             raise ValueError(f"request {request.id!r} is not the one that {owner!r} reserved for")
         if request.id in self._runs:
             raise ValueError(f"id: {request.id!r} is in this engine already")

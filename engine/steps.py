@@ -6,6 +6,7 @@ result n    waits for n's event only
 """
 
 import logging
+from bisect import insort
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,24 +26,34 @@ log = logging.getLogger(__name__)
 BAD = RowResult(error=("NON_FINITE_LOGITS", "the model's logits hold NaN or Inf"))
 
 
-class Flight:
-    """One launched step."""
+class Landing:
+    """Where a step's tokens arrive on the host, and the event that says so: used again once they have been read, for
+    to make either anew takes longer than to launch a graph."""
 
-    def __init__(self, rows: Sequence[Row], tokens: torch.Tensor, drawn: Drawn | None):
-        self.rows, self._tokens, self._drawn = rows, tokens, drawn
-        self._event = None
-        if torch.cuda.is_available() and tokens.is_pinned():
-            self._event = torch.cuda.Event(blocking=True)
-            self._event.record()
+    def __init__(self, max_rows: int, is_cuda: bool):
+        self.tokens = torch.empty(max_rows, dtype=torch.int64, pin_memory=is_cuda)
+        self.event = torch.cuda.Event(blocking=True) if is_cuda else None
+
+    def fetch(self, tokens: torch.Tensor) -> None:
+        self.tokens.copy_(tokens, non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+
+
+class Flight:
+    """One launched step. `free` takes its landing back."""
+
+    def __init__(self, rows: Sequence[Row], landing: Landing, drawn: Drawn | None, free: list[Landing]):
+        self.rows, self._landing, self._drawn, self._free = rows, landing, drawn, free
 
     def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
+        if self._landing.event is not None:
+            self._landing.event.synchronize()
 
     def results(self) -> dict[int, RowResult]:
-        """By id of the row. Waits for the step."""
+        """By id of the row. Waits for the step; to be asked once."""
         self.wait()
-        tokens = self._tokens.tolist()
+        tokens = self._landing.tokens.tolist()[: len(self.rows)]
         results = [RowResult() for _ in self.rows]
         special: dict[int, list] = {}
         for index, token, logprob in self._drawn.read() if self._drawn is not None else ():
@@ -52,6 +63,7 @@ class Flight:
                 results[i] = RowResult(error=BAD.error)
             elif row.samples:
                 results[i].tokens = special.get(i) or [(token, None)]
+        self._free.append(self._landing)
         return {id(row): result for row, result in zip(self.rows, results, strict=True)}
 
 
@@ -66,12 +78,14 @@ class Steps:
         self.inputs = Inputs(device, max_tokens, max_rows, max_table, windows, space.tile, space.queries)
         self.picker = Picker(max_rows, model.info.vocab_size, device)
         self.graphs: dict[tuple[int, int, int], _Graph] = {}  # by numbers of tokens, rows and chunks
+        self._shapes: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}  # theirs, by whether with chunks
         self.num_bytes = self.inputs.num_bytes + self.workspace.num_bytes
         # of replayed graphs: if each kept its own, they would take a GiB
         dtype = cache.dtype
         num_logits = max_rows * model.info.vocab_size if device.type == "cuda" else 0
         self.logits = torch.empty(num_logits, dtype=dtype, device=device).view(-1, model.info.vocab_size)
         self._previous: dict[int, int] = {}  # id(sequence) -> its row in the step launched last
+        self._landings: list[Landing] = []  # that are free
 
     def launch(self, plan: Plan, on_layer: Callable[[int], None] = lambda layer: None) -> Flight:
         """`on_layer(i)` is called when layer i has been launched; by a replayed graph only for the last one."""
@@ -94,15 +108,18 @@ class Steps:
         if draws.draws:
             drawn = draws.launch(logits, batch.input_ids[0][batch.last], self.picker)
         self._previous = {id(row.sequence): i for i, row in enumerate(rows)}
-        return Flight(rows, _to_host(self.picker.tokens[: len(rows)]), drawn)
+        landing = self._landings.pop() if self._landings else Landing(self.max_rows, self.cache.slab.is_cuda)
+        landing.fetch(self.picker.tokens)
+        return Flight(rows, landing, drawn, self._landings)
 
     def capture(self) -> None:
         """A graph for each bucket, the largest first: the others then fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self.cache.slab.device)  # torch's own for captures is the first device's for good
         for shape in self.bucket_shapes():
-            is_first = not any(bool(other[2]) == bool(shape[2]) for other in self.graphs)
+            is_first = not self._shapes[shape[2] > 0]
             self.graphs[shape] = _Graph(self, shape, pool, stream, is_first)
+            insort(self._shapes[shape[2] > 0], shape)
 
     def bucket_shapes(self) -> list[tuple[int, int, int]]:
         """Of decode steps, and of steps with small chunks, whose kernels end before the host could launch the next."""
@@ -112,14 +129,10 @@ class Steps:
         return [*reversed(mixed), *reversed(decodes)]
 
     def _graph(self, num_tokens: int, num_rows: int, num_chunks: int) -> "_Graph | None":
-        fitting = [
-            shape
-            for shape in self.graphs
-            if shape[0] >= num_tokens
-            and shape[1] >= num_rows
-            and (num_chunks <= shape[2] if num_chunks else not shape[2])
-        ]
-        return self.graphs[min(fitting)] if fitting else None
+        for shape in self._shapes[num_chunks > 0]:  # the smallest first
+            if shape[0] >= num_tokens and shape[1] >= num_rows and shape[2] >= num_chunks:
+                return self.graphs[shape]
+        return None
 
     def _batch(
         self,
@@ -181,9 +194,3 @@ class _Graph:
 DECODE_BUCKETS = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 1025, 64)]
 MIXED_BUCKETS = [*range(64, 641, 64), 768, 896, 1024]
 MAX_CHUNKS = 16  # rows of several tokens in one of those
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_cuda:
-        return tensor.clone()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
