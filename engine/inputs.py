@@ -64,8 +64,7 @@ class Inputs:
     def views(self, num_tokens: int, num_rows: int, num_chunks: int) -> StepTensors:
         """`num_chunks`: how many rows of several tokens there can be."""
         layout = self._layout(num_tokens, num_rows, num_chunks)
-        parts = self._device[: layout.size].split(layout.splits)[::2]  # between them lies what rounds up
-        view = dict(zip(layout.starts, parts, strict=True))
+        view = {name: self._device[start : start + layout.sizes[name]] for name, start in layout.starts.items()}
         tables = self._device[layout.size :]
         singles = Singles(view["kv_lens"], tables, view["starts"], {w: view[f"tiles{w}"] for w in self.windows})
         tails = singles
@@ -204,12 +203,11 @@ class Inputs:
         sizes |= dict(tail_lens=num_rows, tail_tiles=num_rows + 1) if num_chunks else {}
         sizes |= dict(keys=2 * num_rows, temperatures=num_rows, chunks=4 * num_chunks)
         sizes |= dict(work=2 * (num_tokens // self._queries + num_chunks) if num_chunks else 0)
-        starts, stops, splits, at = {}, {}, [], 0
+        starts, stops, at = {}, {}, 0
         for name, size in sizes.items():
             starts[name], stops[name] = at, at + -(-size // 4) * 4  # 16-byte starts
-            splits += [size, -size % 4]
             at = stops[name]
-        return _Layout(starts, stops, splits, at)
+        return _Layout(sizes, starts, stops, at)
 
 
 SENT = 1024
@@ -220,10 +218,10 @@ MAX_LAYOUTS = 512  # that are remembered: of graphs, and of the prompts' lengths
 class _Layout:
     """Where the parts of a shape lie, in order; tables follow."""
 
+    sizes: dict[str, int]
     starts: dict[str, int]
     stops: dict[str, int]  # rounded up
-    splits: list[int]  # each one's size, and what rounds it up
-    size: int
+    size: int  # of all
 
 
 class _Numbers:

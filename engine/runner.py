@@ -124,12 +124,14 @@ class Runner:
         """Whether a plan may be launched before the results of the one before are taken in."""
         return self.steps is not None
 
-    @torch.inference_mode()
     def launch(self, plan: Plan, sinks: Mapping[str, KVSink]) -> Handle:
         """Starts the plan's rows. Raises what the host meets; what the device meets is raised by result().
 
         After OutOfMemory, `compute_in_parts` computes the plan all the same.
         """
+        if not torch.is_inference_mode_enabled():  # the engine's thread never leaves it
+            with torch.inference_mode():
+                return self.launch(plan, sinks)
         reports = [_Report(row, sinks[row.sequence.request.id], self.layout) for row in plan.rows if row.report]
         try:
             return self._execute(plan, reports) if self.steps is None else self._start(self.steps, plan, reports)
