@@ -17,6 +17,10 @@ from kv_transfer import cuda_driver
 from kv_transfer.cuda_driver import DriverError
 
 MIN_RUN_BYTES = 4 << 20
+# Layers are copied once they are computed, while others are: from so much at once on, in runs of so much. A kernel
+# would take multiprocessors from the model's, which end with the slowest. It pushes the last layers all the same: it
+# begins by itself.
+LATER_BYTES, LATER_RUN_BYTES, LAST_LAYERS = 16 << 20, 128 << 10, 2
 # On an idle stream, under way while the driver is told of the others, which takes it some microseconds each.
 FIRST_BLOCKS = 4
 
@@ -52,8 +56,7 @@ def copy_blocks(
     is_idle: bool = False,
 ) -> None:
     """Bytes [start, stop) of blocks to others, in order; returns at once. Either side is the address of block 0, bytes
-    a block and block ids. Raises DriverError, and then
-    some of them may be on their way."""
+    a block and block ids. Raises DriverError, and then some of them may be on their way."""
     start, stop = run
     sources, targets = (
         np.array(ids, np.uint64) * np.uint64(block_bytes) + np.uint64(address + start)

@@ -10,9 +10,10 @@ import json
 import logging
 import mmap
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -148,9 +149,12 @@ class _Pool:
             raise TransferBroken(f"the receiver's pool cannot be mapped: {error}") from error
         self.address = self._mapped + handle.offset
         self.life = locality.Life(handle.process)
+        self._lived_s = 0.0  # when it was last seen to live
         self._slots, self._looks = Slots(self.device), Looks(self.stream)
         self._guards_at = _register(self.guards)
         self._beside: torch.cuda.Stream | None = None  # for digests of what the copy engine moves, if it does
+        self._later = side_stream(self.device, "push later")  # writes of the launching thread may wait on the other
+        self._lock = threading.Lock()  # whose pages are filled in, and launched: by two threads
         self._warm_up()
         is_alike = handle.block_size == memory.block_size and not isinstance(memory, RoundedMemory)
         if is_alike and cuda_copy.works(self.address, self.device):
@@ -163,8 +167,16 @@ class _Pool:
     def writer(self, placement: Placement) -> "_Writer":
         return _Writer(self, placement)
 
-    def is_live(self, placement: Placement) -> bool:
-        return int(self.guards[placement.guard]) == placement.generation
+    def require(self, placement: Placement) -> None:
+        """Raises TransferError unless the pages are there to be written."""
+        if int(self.guards[placement.guard]) != placement.generation:
+            raise TransferRefused("the receiver has revoked the ticket")
+        # Its guards stay as they were. Asking takes Python's lock away for a while, and a write that comes too late
+        # harms nobody: the pool stays mapped.
+        if (now_s := time.monotonic()) > self._lived_s + LIFE_S:
+            if self.life.is_over:
+                raise TransferBroken("the receiver's process has ended")
+            self._lived_s = now_s
 
     def tables(self, placement: Placement) -> PageTables:
         num_tokens = len(placement.page_ids) * self.handle.block_size
@@ -173,9 +185,9 @@ class _Pool:
     def push(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
         """Launches on the side stream, one after the other."""
         ranges = self._ranges(rect.layer_start, rect.layer_stop)
-        with torch.cuda.stream(self.stream):
+        with self._lock, torch.cuda.stream(self.stream):
             slot = self._slots.take(len(ranges), self.num_programs)
-            if self._is_copied(rect) and self._copy(rect, tokens, pages, placement, slot):
+            if self._is_copied(rect) and self._copy(rect, tokens, pages, placement, slot, self.stream):
                 return _Write(None, slot, len(ranges), self._slots, pages, slot.digested)
             pages.fill(rect.block_start, rect.block_ids, self.stream)
             source, target, guard = self._source(pages), self._target(pages), 0
@@ -205,7 +217,37 @@ class _Pool:
         is_final = rect.after is None or rect.after.query()
         return self._beside is not None and run >= cuda_copy.MIN_RUN_BYTES and is_final
 
-    def _copy(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement, slot: Slot) -> bool:
+    def is_copied_later(self, rect: Rect) -> bool:
+        """Whether the copy engine is asked once the layers are computed."""
+        layers = rect.layer_start, rect.layer_stop
+        return (
+            self._beside is not None
+            and rect.after is not None
+            and rect.layer_stop <= self.memory.num_layers - cuda_copy.LAST_LAYERS
+            and self.memory.width(*layers) >= cuda_copy.LATER_RUN_BYTES
+            and len(rect.block_ids) * self.memory.width(*layers) >= cuda_copy.LATER_BYTES
+            and not rect.after.query()
+        )
+
+    def copy_now(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
+        """What was to be copied later and is final. Any thread. Raises TransferError."""
+        self.require(placement)
+        num_ranges = len(self._ranges(rect.layer_start, rect.layer_stop))
+        with self._lock:
+            slot = self._slots.take(num_ranges, self.num_programs)
+            if self._beside is not None and self._copy(rect, tokens, pages, placement, slot, self._later):
+                return _Write(None, slot, num_ranges, self._slots, pages, slot.digested)
+        return self.push(replace(rect, after=None), tokens, pages, placement)
+
+    def _copy(
+        self,
+        rect: Rect,
+        tokens: tuple[int, int],
+        pages: PageTables,
+        placement: Placement,
+        slot: Slot,
+        stream: torch.cuda.Stream,
+    ) -> bool:
         """By the copy engine, and by the kernel a digest on a stream beside, neither of which waits for the other.
         False: it cannot, now or later."""
         offsets, beside = self.memory.layer_offsets, self._beside
@@ -220,15 +262,18 @@ class _Pool:
             ),
         )
         run = offsets[rect.layer_start], offsets[rect.layer_stop]
-        is_idle = self.stream.query()
-        self._looks.begins(slot)
+        is_idle = stream.query()
+        if stream is self.stream:
+            self._looks.begins(slot)
+        else:
+            slot.began.record(stream)
         try:
-            cuda_copy.copy_blocks(*places, run, self.stream, is_idle)
+            cuda_copy.copy_blocks(*places, run, stream, is_idle)
         except cuda_driver.DriverError as error:
             _log.warning("the copy engine is left out from now on: %s", error)
             self._beside = None
             return False
-        slot.done.record(self.stream)
+        slot.done.record(stream)
         with torch.cuda.stream(beside):
             pages.fill(rect.block_start, rect.block_ids, beside)
             source = self._source(pages)
@@ -240,7 +285,8 @@ class _Pool:
         return True
 
     def close(self) -> None:
-        self.stream.synchronize()
+        for stream in (self.stream, self._later):
+            stream.synchronize()
         cuda_driver.close_memory(self._mapped, self.device.index)
         if self._guards_at:
             torch.cuda.cudart().cudaHostUnregister(self._guards_at)
@@ -266,24 +312,34 @@ class _Writer:
     def __init__(self, pool: _Pool, placement: Placement) -> None:
         self._pool = pool
         self._pages = pool.tables(placement)
-        self._lived_s = 0.0  # when the receiver's process was last seen to live
 
-    def write(self, rect: Rect, placement: Placement) -> "_Write":
+    def write(self, rect: Rect, placement: Placement) -> "_Write | _LaterWrite":
         """What our last, partly filled block has behind the receiver's last page is left out."""
         pool, ours, theirs = self._pool, self._pool.memory.block_size, self._pool.handle.block_size
         last = (rect.block_start + len(rect.block_ids)) * ours
         tokens = rect.block_start * ours, min(last, len(placement.page_ids) * theirs)
         if last - tokens[1] >= ours:
             raise TransferBroken(f"token {last - 1} is pushed: {len(placement.page_ids)} blocks were granted")
-        if not pool.is_live(placement):
-            raise TransferRefused("the receiver has revoked the ticket")
-        # Its guards stay as they were. Asking takes Python's lock away for a while, and a write that comes too late
-        # harms nobody: the pool stays mapped.
-        if (now_s := time.monotonic()) > self._lived_s + LIFE_S:
-            if pool.life.is_over:
-                raise TransferBroken("the receiver's process has ended")
-            self._lived_s = now_s
+        pool.require(placement)
+        if pool.is_copied_later(rect):
+            return _LaterWrite(pool, rect, tokens, self._pages, placement)
         return pool.push(rect, tokens, self._pages, placement)
+
+
+@dataclass(frozen=True, slots=True)
+class _LaterWrite:
+    """Begun by who waits for it, once its layers are computed: a copy cannot look at a guard by itself."""
+
+    pool: _Pool
+    rect: Rect
+    tokens: tuple[int, int]
+    pages: PageTables
+    placement: Placement
+
+    def wait(self) -> int:
+        assert self.rect.after is not None
+        self.rect.after.synchronize()
+        return self.pool.copy_now(self.rect, self.tokens, self.pages, self.placement).wait()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ class PageTables:
         self._first = -(-len(theirs) // 4) * 4  # of ours: 16 bytes, as everything the kernel was compiled for
         self._size = self._first + num_ours
         self._device = device
-        self._stream: torch.cuda.Stream | None = None  # that has brought theirs, and what is known of ours
+        self._stream: torch.cuda.Stream | None = None  # that finds theirs, and what is known of ours
+        self._uploaded = torch.cuda.Event()
         self._last: tuple[int, Sequence[int]] = (0, ())  # that was filled in
 
     @property
@@ -51,7 +52,7 @@ class PageTables:
             self._known[self._first :] = -1
             self._table = torch.empty(self._size, dtype=torch.int32, device=self._device)
         elif self._stream is not stream:
-            stream.wait_stream(self._stream)
+            stream.wait_event(self._uploaded)
             self._stream = stream
         if self._last == (block_start, block_ids):
             return
@@ -66,6 +67,7 @@ class PageTables:
         first = start if self._stream is not None else 0
         target, source = self._table.data_ptr() + 4 * first, self._staged.data_ptr() + 4 * first
         copy_to_device(target, source, 4 * (stop - first), stream)
+        self._uploaded.record(stream)
         self._stream = stream
 
 
