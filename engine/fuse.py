@@ -161,7 +161,7 @@ class FusedModel:
         angles = self.rotary(x, batch.positions)
         for layer in self.layers[:-1]:
             x = layer(x, angles, batch)
-        self.layers[-1](x, angles, batch, last=None if batch.is_decode else batch.last)
+        self.layers[-1](x, angles, batch, last=None if batch.is_decode else batch.last.long())
         rows = self.carry.take()
         assert rows is not None, "the last layer prepares the final norm"
         logits = F.linear(rows, self.head.weight, self.head.bias) if out is None else out

@@ -9,6 +9,7 @@ All int32. Offsets follow from the numbers of tokens and rows, so a graph captur
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -19,21 +20,78 @@ from engine.sampler import GREEDY_BELOW, row_key
 from engine.sequence import Row
 
 
-@dataclass(slots=True)
 class StepTensors:
-    """Views of the device buffer for one number of tokens and rows."""
+    """Views of the device buffer for one number of tokens and rows, each made when it is first asked for: all of them
+    together take longer than the first kernel's launch."""
 
-    ids: torch.Tensor  # [num_tokens]
-    sources: torch.Tensor  # [num_tokens]: the row of the step before that sampled this token, -1: `ids` has it
-    positions: torch.Tensor  # [num_tokens]
-    slots: torch.Tensor  # [num_tokens], -1: padding
-    last: torch.Tensor  # [num_rows], each row's last token
-    keys: torch.Tensor  # [2, num_rows]: the random key's halves
-    temperatures: torch.Tensor  # float32 [num_rows], 0: greedy
-    singles: Singles  # of all rows; those of several tokens have no tiles
-    tails: Singles  # of all rows, each one's last token as its one query; tiles for the last layer's window only
-    chunks: torch.Tensor  # [num_chunks, 4] and
-    work: torch.Tensor  # [num_tiles, 2]: see triton_prefill
+    def __init__(self, buffer: torch.Tensor, layout: "_Layout", windows: Sequence[int], last_window: int):
+        self._buffer, self._layout, self._windows, self._last_window = buffer, layout, windows, last_window
+        self.has_chunks = "tail_lens" in layout.starts
+
+    def _view(self, name: str) -> torch.Tensor:
+        start = self._layout.starts[name]
+        return self._buffer[start : start + self._layout.sizes[name]]
+
+    @cached_property
+    def ids(self) -> torch.Tensor:
+        """[num_tokens]"""
+        return self._view("ids")
+
+    @cached_property
+    def sources(self) -> torch.Tensor:
+        """[num_tokens]: the row of the step before that sampled this token, -1: `ids` has it."""
+        return self._view("sources")
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[num_tokens]"""
+        return self._view("positions")
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """[num_tokens], -1: padding."""
+        return self._view("slots")
+
+    @cached_property
+    def last(self) -> torch.Tensor:
+        """[num_rows], each row's last token."""
+        return self._view("last")
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """[2, num_rows]: the random key's halves."""
+        return self._view("keys").view(2, -1)
+
+    @cached_property
+    def temperatures(self) -> torch.Tensor:
+        """float32 [num_rows], 0: greedy."""
+        return self._view("temperatures").view(torch.float32)
+
+    @cached_property
+    def singles(self) -> Singles:
+        """Of all rows; those of several tokens have no tiles."""
+        tables = self._buffer[self._layout.size :]
+        tiles = {window: self._view(f"tiles{window}") for window in self._windows}
+        return Singles(self._view("kv_lens"), tables, self._view("starts"), tiles)
+
+    @cached_property
+    def tails(self) -> Singles:
+        """Of all rows, each one's last token as its one query; tiles for the last layer's window only."""
+        singles = self.singles
+        if not self.has_chunks:
+            return singles
+        tiles = {self._last_window: self._view("tail_tiles")}
+        return Singles(self._view("tail_lens"), singles.tables, singles.starts, tiles)
+
+    @cached_property
+    def chunks(self) -> torch.Tensor:
+        """[num_chunks, 4]: see triton_prefill, as for `work`."""
+        return self._view("chunks").view(-1, 4)
+
+    @cached_property
+    def work(self) -> torch.Tensor:
+        """[num_tiles, 2]"""
+        return self._view("work").view(-1, 2)
 
 
 class Inputs:
@@ -64,25 +122,7 @@ class Inputs:
     def views(self, num_tokens: int, num_rows: int, num_chunks: int) -> StepTensors:
         """`num_chunks`: how many rows of several tokens there can be."""
         layout = self._layout(num_tokens, num_rows, num_chunks)
-        view = {name: self._device[start : start + layout.sizes[name]] for name, start in layout.starts.items()}
-        tables = self._device[layout.size :]
-        singles = Singles(view["kv_lens"], tables, view["starts"], {w: view[f"tiles{w}"] for w in self.windows})
-        tails = singles
-        if num_chunks:
-            tails = Singles(view["tail_lens"], tables, singles.starts, {self._last_window: view["tail_tiles"]})
-        return StepTensors(
-            view["ids"],
-            view["sources"],
-            view["positions"],
-            view["slots"],
-            view["last"],
-            view["keys"].view(2, num_rows),
-            view["temperatures"].view(torch.float32),
-            singles,
-            tails,
-            view["chunks"].view(-1, 4),
-            view["work"].view(-1, 2),
-        )
+        return StepTensors(self._device, layout, self.windows, self._last_window)
 
     def fill(
         self,

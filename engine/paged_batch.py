@@ -18,9 +18,9 @@ class PagedBatch:
     def __init__(
         self,
         tensors: StepTensors,
-        input_ids: torch.Tensor,  # int64 [1, num_tokens]
-        positions: torch.Tensor,  # int64 [1, num_tokens]
-        last: torch.Tensor,  # int64 [num_rows]
+        input_ids: torch.Tensor,  # [1, num_tokens], int64; or int32 for a fused model, as the next two
+        positions: torch.Tensor,  # [1, num_tokens]
+        last: torch.Tensor,  # [num_rows]
         num_singles: int,
         chunks: Sequence[Chunk],  # empty in a captured graph
         cache: KVCache,
@@ -29,7 +29,7 @@ class PagedBatch:
         on_layer: Callable[[int], None] = lambda layer: None,
     ):
         self.tensors, self.num_singles, self.chunks = tensors, num_singles, chunks
-        self.is_decode = not len(tensors.chunks)  # each token is its row's last
+        self.is_decode = not tensors.has_chunks  # each token is its row's last
         self.input_ids, self.positions, self.last = input_ids, positions, last
         self.cache, self.workspace, self.rows, self.on_layer = cache, workspace, rows, on_layer
 

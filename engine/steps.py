@@ -142,9 +142,9 @@ class Steps:
         rows: Sequence[Row] = (),
         on_layer: Callable[[int], None] = lambda layer: None,
     ) -> PagedBatch:
-        ids, positions, last = ops.prepare(
-            tensors.ids, tensors.sources, tensors.positions, tensors.last, self.picker.tokens
-        )
+        ids, positions, last = tensors.ids, tensors.positions, tensors.last
+        if num_singles or self.model.fused is None:  # else no token is the step before's, and int32 will do
+            ids, positions, last = ops.prepare(ids, tensors.sources, positions, last, self.picker.tokens)
         return PagedBatch(
             tensors,
             ids[None],
