@@ -2,8 +2,9 @@
 
 The receiver exports its pool's allocation; the sender, another process of the same host, maps it and pushes pages with
 one launch per stretch of layers, on a stream of its own, behind the event of the layers' computation. The copy engine
-does so where it is faster, or leaves the model its multiprocessors (kv_transfer/cuda_copy.py). A kernel takes the digest
-of what is read; the receiver that of what landed (kv_transfer/push_kernel.py). Both processes must see both GPUs.
+does so where it is faster, or leaves the model its multiprocessors (kv_transfer/cuda_copy.py). A kernel takes the
+digest of what is read; the receiver that of what landed (kv_transfer/push_kernel.py). Both processes must see both
+GPUs.
 """
 
 import json
