@@ -109,6 +109,9 @@ class Sink:
     def wanted(self) -> None:
         self._prefill.loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._grant()))
 
+    def sampled(self, token) -> None:
+        pass
+
     def ready(self, block_ids, block_start, layer_start, layer_stop, after=None) -> None:
         self._prefill.block_ids = block_ids
         if self._transfer is not None:

@@ -11,6 +11,7 @@ import logging
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
 import grpc
@@ -105,16 +106,24 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
     def commit_from_socket(self, request: kv.CommitRequest, tell: Callable[[Answer], None]) -> None:
         """On the control server's thread (kv_transfer/control_server.py). `tell` hears what the call would answer.
 
-        What is verified already is adopted from here: the engine need not wait for the loop, which does the rest, or
-        finds again what is wrong, and says so."""
-        with contextlib.suppress(Refusal, TransferError, KeyError):
-            self._adopt_early(request)
+        What is verified already is adopted from here. The loop does the rest when the engine has answered, or finds
+        again what is wrong, and says so: until the first step is launched it would only want Python's lock."""
 
         def begin() -> None:
             self._committing(request).add_done_callback(lambda task: tell(_answer(task)))
 
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the socket will be, too
-            self._loop.call_soon_threadsafe(begin)
+        def wake(_: object = None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the socket will be, too
+                self._loop.call_soon_threadsafe(begin)
+
+        try:
+            adopting = self._adopt_early(request)
+        except (Refusal, TransferError, KeyError):
+            adopting = None
+        if adopting is None:
+            wake()
+        else:
+            adopting.add_done_callback(wake)
 
     async def Heartbeat(self, request, context) -> kv.HeartbeatResponse:
         unknown = self._decoder.receiver.heartbeat(list(request.transfer_ids))
@@ -248,13 +257,15 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             raise Refusal(grpc.StatusCode.NOT_FOUND, f"the run ended before its KV was adopted: {error}") from None
         return kv.CommitResponse(num_bytes=request.num_bytes)
 
-    def _adopt_early(self, request: kv.CommitRequest) -> None:
-        """On any thread, without waiting. Raises what keeps it from adopting now."""
+    def _adopt_early(self, request: kv.CommitRequest) -> "Future[None] | None":
+        """On any thread, without waiting: None, if it would have to. Raises what else keeps it from adopting now."""
         run = self._decoder.runs.by_transfer(request.transfer_id)
-        if run is not None:
-            self._check_claims(run, request)
-            if self._decoder.receiver.settle(request.transfer_id, manifest_of(request)):
-                self._decoder.begin_adoption(run, _first_tokens(request))
+        if run is None:
+            return None
+        self._check_claims(run, request)
+        if not self._decoder.receiver.settle(request.transfer_id, manifest_of(request)):
+            return None
+        return self._decoder.begin_adoption(run, _first_tokens(request))
 
     def _check_claims(self, run: Run, request: kv.CommitRequest) -> None:
         token_ids = run.request.token_ids

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from engine.imports import no_collections
 from engine.invariants import check
 from engine.limits import Limits
 from engine.model import ModelInfo
-from engine.request import Event, Failed, FirstToken, Request, Reservation
+from engine.request import Event, Failed, FirstToken, Request, Reservation, Token
 from engine.runner import KVSink, Runner
 from engine.scheduler import Scheduler
 from engine.sequence import EngineStats, Plan
@@ -289,6 +290,9 @@ class Engine:
         events = self._flights.launch(plan, self._sinks) if plan.rows else []
         self._answer_adopted()
         events += self._flights.take_in(1 if ahead else 0)
+        for event in events:
+            if isinstance(event, Token) and event.request_id in self._sinks:
+                self._call_sink(event.request_id, methodcaller("sampled", event))
         self._apply()
         self._settle()
         if events:

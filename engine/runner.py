@@ -28,6 +28,7 @@ from engine.kv_cache import KVCache
 from engine.kv_layout import FP8, KVLayout
 from engine.model import Model, load
 from engine.prove import fuse_model
+from engine.request import Token
 from engine.sampler import sample
 from engine.sequence import Plan, Row, RowResult
 from engine.shrink import OutOfMemory, compute_in_parts, is_out_of_memory
@@ -55,6 +56,9 @@ class KVSink(Protocol):
     ) -> None:
         """Logical blocks block_start.. (pool ids `block_ids`) hold the final KV of layers [layer_start, layer_stop),
         once the torch.cuda.Event `after` has passed; None: now."""
+
+    def sampled(self, token: Token) -> None:
+        """A sequence's first token, before anybody else hears of it."""
 
 
 class Handle(Protocol):

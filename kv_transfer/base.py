@@ -151,9 +151,12 @@ class Outgoing(Protocol):
     async def finish(self) -> Manifest:
         """`seal`, and returns when the receiver has verified the whole manifest. Raises TransferError."""
 
+    def end(self) -> None:
+        """Nothing more is pushed. On any thread, as `commit`, or left to `seal`."""
+
     def commit(self, claim: Callable[[Manifest], bytes]) -> None:
-        """Nothing more is pushed: where the link can, COMMIT follows the last frame by itself, with the packed
-        CommitRequest that `claim` makes of the manifest. On any thread; the first call counts."""
+        """`end`, and where the link can, COMMIT follows the last frame by itself, with the packed CommitRequest that
+        `claim` makes of the manifest. On any thread; the first call counts."""
 
     async def commit_answer(self) -> Answer | None:
         """To `commit`, behind `seal`. None: it was not sent so, or its answer is lost; Commit over gRPC tells."""

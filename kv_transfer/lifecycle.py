@@ -81,6 +81,9 @@ class Lifecycle:
             await self._failed()
         return manifest
 
+    def end(self) -> None:
+        """`seal` does it."""
+
     def commit(self, claim: Callable[[Manifest], bytes]) -> None:
         """Commit is a call of its own."""
 

@@ -6,8 +6,8 @@ Life of a transfer here:
     not be waited for is launched at once, if nothing is before it.
  3. What queued up meanwhile is joined, and the write started; the write waits for the pages by itself.
  4. The waiting thread waits until the bytes lie there, takes their digest and sends the PLACED frame.
- 5. `commit` or `seal` lets END follow the last frame, sent by whoever sees that it was the last, and COMMIT follow END;
-    the receiver answers when it has verified all of it, and once more when it has adopted it.
+ 5. `end` lets END follow the last frame, sent by whoever sees that it was the last, and `commit` lets COMMIT follow
+    END; the receiver answers when it has verified all of it, and once more when it has adopted it.
  6. Whatever ended the task, every write begun is waited for: closed means that nothing of it is in flight.
 """
 
@@ -152,13 +152,20 @@ class PlacedOutgoing(Lifecycle):
         for _ in rects:
             self._threads.launch(self._launch, at_once)
 
+    def end(self) -> None:
+        self._finishing = True
+        self._send_end()
+
     def commit(self, claim: Callable[[Manifest], bytes]) -> None:
         with self._lock:
-            if self._claim is not None or self._ended:
+            if self._claim is not None:
                 return
             self._claim = claim
-            self._finishing = True
-        self._send_end()
+            is_behind = self._ended
+        if is_behind:
+            self._send_commit(claim)
+        else:
+            self.end()
 
     async def commit_answer(self) -> Answer | None:
         return await self._announcer.commit_answer() if self._claim is not None else None
@@ -226,15 +233,19 @@ class PlacedOutgoing(Lifecycle):
             self._notify(self._wake.set)
 
     def _send_end(self) -> None:
-        """On any thread: once, behind the last frame, if `commit` or `seal` has said that there will be no more."""
+        """On any thread: once, behind the last frame, if it has been said that there will be no more."""
         with self._lock:
             if not self._finishing or self._num_unsettled or self._failure or self._closed or self._ended:
                 return
             self._ended = True
-        manifest = self._manifest.manifest()
-        self._announcer.announce(end_frame(self._transfer_id, manifest))
-        if self._claim is not None:
-            self._announcer.commit(commit_frame(self._transfer_id, self._claim(manifest)))
+            claim = self._claim
+        self._announcer.announce(end_frame(self._transfer_id, self._manifest.manifest()))
+        if claim is not None:
+            self._send_commit(claim)
+
+    def _send_commit(self, claim: Callable[[Manifest], bytes]) -> None:
+        """All frames of chunks have gone; should it overtake END, the receiver does not mind."""
+        self._announcer.commit(commit_frame(self._transfer_id, claim(self._manifest.manifest())))
 
     # On the loop
 

@@ -4,8 +4,8 @@
                  |            |          |
                  +------------+----------+--> failed | abandoned
 
-The engine thread calls `wanted` and `ready` (the KVSink hooks), and `sampled`, which sends the commit where the link
-can do so from any thread; everything else runs on the event loop.
+The engine thread calls the KVSink hooks, of which `sampled` sends the commit where the link can do so from any thread;
+everything else runs on the event loop.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from engine.engine import Engine
-from engine.request import Event, Request, Token
+from engine.request import Request, Token
 from engine.wire import token_hash
 from kv_transfer.base import Outgoing, ReadyEvent, TransferCorrupt, TransferError
 from kv_transfer.peers import Peer, PeerIncompatible, Peers, PeerUnavailable
@@ -90,14 +90,13 @@ class Handoff:
         outgoing = self._outgoing
         if outgoing is not None and not self._closed:
             outgoing.push(block_ids, block_start, layer_start, layer_stop, after)
+            layout, num_tokens = self._engine.layout, len(self._request.token_ids)
+            if layer_stop == layout.num_layers and (block_start + len(block_ids)) * layout.block_size >= num_tokens:
+                outgoing.end()
 
-    # On the engine thread, too
-
-    def sampled(self, event: Event) -> None:
-        """Hears each event of the prompt; with the last first token the commit goes out. The loop awaits its answer."""
-        if not isinstance(event, Token):
-            return
-        self._first_tokens.append(event)
+    def sampled(self, token: Token) -> None:
+        """With the last one the commit goes out. The loop awaits its answer."""
+        self._first_tokens.append(token)
         is_all = len(self._first_tokens) == self._request.sampling.num_sequences
         if is_all and has_more(self._first_tokens) and not self._closed and not self._failed:
             assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"

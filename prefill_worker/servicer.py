@@ -59,7 +59,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             yield _failed(inference_pb2.ERROR_REASON_KV_CACHE_EXHAUSTED, str(error), False)
             return
         # Before the loop runs again, so before the first event can be delivered.
-        self._dispatcher.add(request.id, events.put_nowait, handoff.sampled if handoff is not None else None)
+        self._dispatcher.add(request.id, events.put_nowait)
         self.num_runs += 1
         self.num_handoffs += handoff is not None
         self.idle.clear()

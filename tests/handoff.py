@@ -32,6 +32,9 @@ class Handoff:
         self.reservation = future.result()
         self.a.grant(self.request.id, self.reservation.num_cached_tokens // self.b.layout.block_size)
 
+    def sampled(self, token) -> None:
+        pass
+
     def ready(self, block_ids, block_start, layer_start, layer_stop, after=None) -> None:
         self.calls.append((block_start, len(block_ids), layer_start, layer_stop))
         start, stop = (self.a.layout.layer_offsets[layer] for layer in (layer_start, layer_stop))
@@ -71,6 +74,9 @@ class Silent:
         if self.fail_at != "grant":
             for name in list(self.engine._sinks):
                 self.engine.grant(name, 0)
+
+    def sampled(self, token) -> None:
+        pass
 
     def ready(self, block_ids, block_start, layer_start, layer_stop, after=None) -> None:
         if self.fail_at == "ready":

@@ -104,6 +104,9 @@ class Sink:
     def wanted(self) -> None:
         self.engine.grant(self.request.id, 0)
 
+    def sampled(self, token) -> None:
+        pass
+
     def ready(self, block_ids, block_start, layer_start, layer_stop, after=None) -> None:
         self.calls.append((list(block_ids), block_start, layer_start, layer_stop))
 
