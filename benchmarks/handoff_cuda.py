@@ -11,6 +11,7 @@ Llama-3.1-8B shape, bf16, random weights, blocks of 64 tokens, no prefix cache; 
                     8192 tokens.
     gaps            of 32 running answers with contexts of 1024 tokens: P50 and P99 alone, and while 8192-token prompts
                     with max_tokens 2 arrive one behind the other. Target 1.3 for the ratio of the P99s.
+    link            its test transfer, as a worker measures it for its load (64 MiB), asked for in the end.
 
 Floor of the second token: one decode step, 6 ms, and the last layer's pages, 0.1 ms. Prints a table, and one JSON line
 last. `--shape toy --devices cpu cpu --kv-gib 0.5` shows that the script runs.

@@ -96,7 +96,8 @@ class KvTransferServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """Ends a transfer: the receiver checks the manifest against what arrived and adopts. Idempotent by transfer id.
+        """Ends a transfer: the receiver checks the manifest against what arrived and adopts. Idempotent by transfer id. Between
+        workers with a control socket its request goes there (kv_transfer/frames.py), and the call only asks again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
