@@ -13,7 +13,7 @@ from cluster.worker import memory_of
 from engine.request import Event, Failed, Started, Token
 from kv_transfer.base import BlockMemory, Link, Outgoing, Sender
 from kv_transfer.create import create_sender
-from kv_transfer.cuda_slot import Looks, Slots
+from kv_transfer.cuda_slot import Looks
 from kv_transfer.staging import indices
 
 LANES = 3  # transfers at once, where they go as fast as the wire takes them
@@ -37,7 +37,7 @@ class Prefill:
         self._ended: dict[str, asyncio.Future[float]] = {}
         self._num_prompts = 0
         self._later_bytes = 0  # in service, once it is known
-        self._ways: dict[tuple[int, int], tuple[torch.cuda.Stream, Looks, Slots]] = {}
+        self._ways: dict[tuple[int, int], tuple[torch.cuda.Stream, Looks]] = {}
 
     async def connect(self, peer: Peer, num_lots: int) -> None:
         self.peer, self.loop = peer, asyncio.get_running_loop()
@@ -64,9 +64,9 @@ class Prefill:
         cuda_copy.LATER_BYTES = self._later_bytes if copies else 1 << 60
         if (num_programs, priority) not in self._ways:
             stream = torch.cuda.Stream(pool.device, priority=priority)
-            self._ways[num_programs, priority] = stream, Looks(stream), Slots(pool.device)
+            self._ways[num_programs, priority] = stream, Looks(stream)
         pool.num_programs = num_programs
-        pool.stream, pool._looks, pool._slots = self._ways[num_programs, priority]
+        pool.stream, pool._looks = self._ways[num_programs, priority]
 
     async def run(self, num_tokens: int, count: int, has_sink: bool, does_push: bool) -> float:
         """ms a prompt: of `count` at once, from the first one's start to the last one's first token. A sink that does

@@ -24,7 +24,7 @@ import torch
 from kv_transfer import cuda_copy, cuda_driver, locality, round_kernel
 from kv_transfer.base import Endpoint, Placement, ReadyEvent, TransferBroken, TransferRefused
 from kv_transfer.control import is_name
-from kv_transfer.cuda_pages import PageTables, first_of_each_shape, warm_up
+from kv_transfer.cuda_pages import MAX_PROGRAMS, PageTables, digest_programs, first_of_each_shape, warm_up
 from kv_transfer.cuda_slot import Looks, Slot, Slots
 from kv_transfer.guards import NUM_SLOTS, open_guards
 from kv_transfer.memory import BlockMemory
@@ -151,7 +151,7 @@ class _Pool:
         self.address = self._mapped + handle.offset
         self.life = locality.Life(handle.process)
         self._lived_s = 0.0  # when it was last seen to live
-        self._slots, self._looks = Slots(self.device), Looks(self.stream)
+        self._slots, self._looks = Slots(self.device, MAX_PROGRAMS), Looks(self.stream)
         self._guards_at = _register(self.guards)
         self._beside: torch.cuda.Stream | None = None  # for digests of what the copy engine moves, if it does
         self._later = side_stream(self.device, "push later")  # writes of the launching thread may wait on the other
@@ -187,9 +187,9 @@ class _Pool:
         """Launches on the side stream, one after the other."""
         ranges = self._ranges(rect.layer_start, rect.layer_stop)
         with self._lock, torch.cuda.stream(self.stream):
+            if self._is_copied(rect) and (write := self._copy(rect, tokens, pages, placement, self.stream)):
+                return write
             slot = self._slots.take(len(ranges), self.num_programs)
-            if self._is_copied(rect) and self._copy(rect, tokens, pages, placement, slot, self.stream):
-                return _Write(None, slot, len(ranges), self._slots, pages, slot.digested)
             pages.fill(rect.block_start, rect.block_ids, self.stream)
             source, target, guard = self._source(pages), self._target(pages), 0
             # What is launched on an idle stream begins at once: our own look, just now, is as good.
@@ -233,12 +233,9 @@ class _Pool:
     def copy_now(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
         """What was to be copied later and is final. Any thread. Raises TransferError."""
         self.require(placement)
-        num_ranges = len(self._ranges(rect.layer_start, rect.layer_stop))
         with self._lock:
-            slot = self._slots.take(num_ranges, self.num_programs)
-            if self._beside is not None and self._copy(rect, tokens, pages, placement, slot, self._later):
-                return _Write(None, slot, num_ranges, self._slots, pages, slot.digested)
-        return self.push(replace(rect, after=None), tokens, pages, placement)
+            write = self._copy(rect, tokens, pages, placement, self._later) if self._beside is not None else None
+        return write or self.push(replace(rect, after=None), tokens, pages, placement)
 
     def _copy(
         self,
@@ -246,13 +243,16 @@ class _Pool:
         tokens: tuple[int, int],
         pages: PageTables,
         placement: Placement,
-        slot: Slot,
         stream: torch.cuda.Stream,
-    ) -> bool:
+    ) -> "_Write | None":
         """By the copy engine, and by the kernel a digest on a stream beside, neither of which waits for the other.
-        False: it cannot, now or later."""
+        None: it cannot, now or later."""
         offsets, beside = self.memory.layer_offsets, self._beside
         assert beside is not None
+        ranges = self._ranges(rect.layer_start, rect.layer_stop)
+        run = offsets[rect.layer_start], offsets[rect.layer_stop]
+        num_programs = digest_programs(len(rect.block_ids) * (run[1] - run[0]))
+        slot = self._slots.take(len(ranges), num_programs)
         slab, page_ids = self.memory.slab, placement.page_ids
         places = (
             (slab.data_ptr(), slab.shape[1], rect.block_ids),
@@ -262,7 +262,6 @@ class _Pool:
                 page_ids[rect.block_start : rect.block_start + len(rect.block_ids)],
             ),
         )
-        run = offsets[rect.layer_start], offsets[rect.layer_stop]
         is_idle = stream.query()
         if stream is self.stream:
             self._looks.begins(slot)
@@ -273,17 +272,18 @@ class _Pool:
         except cuda_driver.DriverError as error:
             _log.warning("the copy engine is left out from now on: %s", error)
             self._beside = None
-            return False
+            self._slots.give_back(slot)
+            return None
         slot.done.record(stream)
         with torch.cuda.stream(beside):
             pages.fill(rect.block_start, rect.block_ids, beside)
             source = self._source(pages)
             at = slot.address
-            for tiles in self._ranges(rect.layer_start, rect.layer_stop):
-                self._launch(source, None, tokens, tiles, at, self.num_programs)
+            for tiles in ranges:
+                self._launch(source, None, tokens, tiles, at, num_programs)
                 at += slot.row_bytes
             slot.digested.record(beside)
-        return True
+        return _Write(None, slot, len(ranges), self._slots, pages, slot.digested)
 
     def close(self) -> None:
         for stream in (self.stream, self._later):
