@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import FinishReason, FirstToken, Request, SamplingParams
 from tests.engines import KINDS, Listener, assert_idle, checkpoint, greedy, make_engine, prompt, run, sampled
 from tests.references import FILE
 
@@ -179,6 +179,31 @@ def test_an_idle_engine_makes_ready_what_prompts_would_wait_for(llama: Path) -> 
         engine.submit(other)
         listener.wait(other)
     assert made == [("engine", 0), ("engine", 0), ("engine", 3)]
+
+
+def test_an_adoption_is_answered_once_its_step_is_launched(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever hears of it would want Python's lock while the step is launched."""
+    listener, request = Listener(), greedy("a", prompt(20), max_tokens=3)
+    engine = make_engine(llama, listener)
+    own, asked, answered = engine._runner.launch, threading.Event(), []
+
+    def launch(plan, sinks):
+        assert asked.wait(10)
+        answered.append(adopted.done())
+        return own(plan, sinks)
+
+    monkeypatch.setattr(engine._runner, "launch", launch)
+    with engine:
+        engine.reserve("owner", request, 20).result(10)
+        adopted = engine.adopt("owner", request, [FirstToken(5, False)])
+        asked.set()
+        adopted.result(10)
+        assert answered[:1] == [False]
+        listener.wait(request)
+        finished = greedy("b", prompt(20), max_tokens=1)  # and where there is nothing to launch
+        engine.reserve("owner", finished, 20).result(10)
+        engine.adopt("owner", finished, [FirstToken(5, True)]).result(10)
+        assert_idle(engine)
 
 
 def test_a_dead_thread_has_no_heartbeat(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

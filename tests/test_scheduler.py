@@ -33,6 +33,18 @@ def test_decodes_go_first_and_prompts_fill_the_budget_in_chunks() -> None:
     idle(sim)
 
 
+def test_a_prompt_is_hashed_as_far_as_it_is_found() -> None:
+    sim = Simulator()
+    sim.scheduler.add(make_request("1", range(60), max_tokens=1))
+    sim.run()
+    sim.scheduler.add(make_request("2", [*range(48), *range(100, 150)], max_tokens=1))
+    (row,) = sim.scheduler.schedule().rows
+    assert row.start == 48 and row.sequence.hashes == block_hashes(row.sequence.token_ids, 16)[:4]
+    sim.scheduler.reserve("owner", make_request("3", range(300, 350)), 50)
+    assert sim.scheduler.schedule().granted
+    assert len(sim.scheduler.admission.held["owner"].hashes) == 3, "not when it is adopted"
+
+
 def test_second_turn_computes_only_new_blocks() -> None:
     sim = Simulator()
     first = make_request("1", range(40), max_tokens=10)
