@@ -25,6 +25,7 @@ class Guards:
         os.ftruncate(self._fd, size)
         self.words = np.frombuffer(mmap.mmap(self._fd, size), np.uint64)
         self._free = list(range(NUM_SLOTS - 1, -1, -1))
+        self._taken: set[int] = set()
         self._generation = 0
         self._lock = threading.Lock()
 
@@ -41,6 +42,7 @@ class Guards:
                     f"all {NUM_SLOTS} guards are taken: too many one-sided tickets are live or quarantined"
                 )
             slot = self._free.pop()
+            self._taken.add(slot)
             self._generation += 1
             self.words[slot] = self._generation
             return slot, self._generation
@@ -52,13 +54,13 @@ class Guards:
     def free(self, slot: int) -> None:
         """Its writer has stopped: the slot may serve another ticket."""
         with self._lock:
-            assert slot not in self._free, slot
+            self._taken.remove(slot)
             self.words[slot] = 0
             self._free.append(slot)
 
     @property
     def num_taken(self) -> int:
-        return NUM_SLOTS - len(self._free)
+        return len(self._taken)
 
     def close(self) -> None:
         os.close(self._fd)
