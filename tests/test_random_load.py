@@ -8,6 +8,7 @@ import pytest
 
 from protos import inference_pb2 as pb
 from tests.service import Service, request, service
+from tests.transfer import needs_nixl
 
 BIG = {"load_format": "dummy", "num_blocks": 256}
 SMALL = {"load_format": "dummy", "num_blocks": 16, "max_model_len": 192}
@@ -36,7 +37,15 @@ async def answer(s: Service, asked: pb.GenerateRequest) -> list[list[int]]:
     return (await s.generate(asked)).token_ids
 
 
-@pytest.mark.parametrize("setup", [{}, {"prefill": 2, "decode": 2}, {"both": 1}])
+@pytest.mark.parametrize(
+    "setup",
+    [
+        {},
+        {"prefill": 2, "decode": 2},
+        {"both": 1},
+        pytest.param({"prefill": 2, "decode": 2, "transport": "nixl"}, marks=needs_nixl),
+    ],
+)
 async def test_no_wrong_token_and_nothing_left(tiny, setup):
     rng = random.Random(len(setup))
     asked = [random_request(rng) for _ in range(40)]
