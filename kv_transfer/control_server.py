@@ -19,7 +19,6 @@ import os
 import selectors
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -44,9 +43,6 @@ from protos import kv_transfer_pb2 as kv
 
 MAX_LINKS = 256
 MAX_TRANSFERS = 4096  # of one link
-# For which the last frames of a transfer are looked for without sleeping: its last writes are small and follow at once,
-# and a thread that wakes takes a third as long as one of them.
-SPIN_S = 2e-4
 _MAX_READ = 64  # packets of one link before the others have their turn
 _log = logging.getLogger(__name__)
 OnCommit = Callable[[kv.CommitRequest, Callable[[Answer], None]], None]
@@ -95,7 +91,7 @@ class ControlServer:
             torch.cuda.set_device(self._receiver.memory.slab.device)
         try:
             while not self._is_closing:
-                for key, _ in self._ready():
+                for key, _ in self._selector.select():
                     if key.fileobj is self._listener:
                         self._accept()
                     elif key.data is not None:
@@ -109,17 +105,6 @@ class ControlServer:
                 self._drop(link, TransferBroken("the receiver stops"))
             self._selector.close()
             self._listener.close()
-
-    def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
-        """What has something to read or to write."""
-        ending = [link for link in self._links if link.is_ending]
-        until_s = time.monotonic() + SPIN_S if ending else 0.0
-        while time.monotonic() < until_s:
-            if found := self._selector.select(0):
-                return found
-        for link in ending:
-            link.is_ending = False
-        return self._selector.select()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it has left already
@@ -174,7 +159,6 @@ class _Link:
     def __init__(self, connection: socket.socket, receiver: Receiver, on_commit: OnCommit, wake: int) -> None:
         self.connection = connection
         self.has_news = False
-        self.is_ending = False  # the transfer of which something was checked last
         self._receiver = receiver
         self._on_commit = on_commit
         self._wake = wake
@@ -289,14 +273,10 @@ class _Link:
     def _check(self, transfer_id: bytes) -> None:
         headers = self._placed.pop(transfer_id, None)
         if headers and transfer_id in self._num_chunks:
-            self._try(transfer_id, lambda: self._place(transfer_id, headers))
+            self._try(transfer_id, lambda: self._receiver.placed(transfer_id, headers))
             with self._lock:
                 if transfer_id in self._num_chunks:
                     self._num_chunks[transfer_id] += len(headers)
-
-    def _place(self, transfer_id: bytes, headers: list[ChunkHeader]) -> None:
-        self._receiver.placed(transfer_id, headers)
-        self.is_ending = self._receiver.is_ending(transfer_id)
 
     def _finish(self, transfer_id: bytes, frame: Frame) -> None:
         self._receiver.end(transfer_id, frame.manifest())

@@ -1,7 +1,7 @@
 """Pages by the copy engine: one driver call for all blocks of a push, each of them one long run of bytes on both sides.
 
 It reaches 0.98 of a contiguous peer copy for whole pages of 8 MiB, where stores of a kernel end at 0.93, and takes no
-multiprocessor; below 4 MiB a run the kernel is as good (docs/performance.md). A copy cannot look at a guard: the host
+multiprocessor; below 2 MiB a run the kernel is as good (docs/performance.md). A copy cannot look at a guard: the host
 looks when it asks for the copy, of pages that are final by then. What the driver has in its queue may begin after a
 release; the quarantine waits for it as for all that has begun.
 """
@@ -16,13 +16,11 @@ import torch
 from kv_transfer import cuda_driver
 from kv_transfer.cuda_driver import DriverError
 
-MIN_RUN_BYTES = 4 << 20
+MIN_RUN_BYTES = 2 << 20
 # Layers are copied once they are computed, while others are: from so much at once on, in runs of so much. A kernel
 # would take multiprocessors from the model's, which end with the slowest. It pushes the last layers all the same: it
 # begins by itself.
 LATER_BYTES, LATER_RUN_BYTES, LAST_LAYERS = 16 << 20, 128 << 10, 2
-# On an idle stream, under way while the driver is told of the others, which takes it some microseconds each.
-FIRST_BLOCKS = 4
 
 
 class _Attributes(ctypes.Structure):
@@ -53,19 +51,34 @@ def copy_blocks(
     target: tuple[int, int, Sequence[int]],
     run: tuple[int, int],
     stream: torch.cuda.Stream,
-    is_idle: bool = False,
+    begun: Callable[[], None],
 ) -> None:
     """Bytes [start, stop) of blocks to others, in order; returns at once. Either side is the address of block 0, bytes
-    a block and block ids. Raises DriverError, and then some of them may be on their way."""
+    a block and block ids. The first block is under way, and `begun` called, while the driver is told of the others,
+    which takes it a microsecond or two each. Raises DriverError, and then some of them may be on their way."""
     start, stop = run
-    sources, targets = (
-        np.array(ids, np.uint64) * np.uint64(block_bytes) + np.uint64(address + start)
-        for address, block_bytes, ids in (source, target)
-    )
-    first = FIRST_BLOCKS if is_idle else 0
-    for part in (slice(first), slice(first, None)):
-        if len(targets[part]):
-            _copy(targets[part], sources[part], stop - start, stream)
+    there, here = (address + ids[0] * block_bytes + start for address, block_bytes, ids in (target, source))
+    _copy_one(there, here, stop - start, stream)
+    begun()
+    if len(source[2]) > 1:
+        targets, sources = (
+            np.array(ids[1:], np.uint64) * np.uint64(block_bytes) + np.uint64(address + start)
+            for address, block_bytes, ids in (target, source)
+        )
+        _copy(targets, sources, stop - start, stream)
+
+
+def _copy_one(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
+    status = _call()(target, source, num_bytes, stream.cuda_stream)
+    if status:
+        raise DriverError(f"cuMemcpyDtoDAsync: error {status}")
+
+
+@functools.cache
+def _call() -> Callable[[int, int, int, int], int]:
+    copy = cuda_driver.library().cuMemcpyDtoDAsync_v2
+    copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    return copy
 
 
 def _copy(targets: np.ndarray, sources: np.ndarray, num_bytes: int, stream: torch.cuda.Stream) -> None:

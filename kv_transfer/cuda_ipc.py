@@ -186,9 +186,12 @@ class _Pool:
     def push(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
         """Launches on the side stream, one after the other."""
         ranges = self._ranges(rect.layer_start, rect.layer_stop)
-        with self._lock, torch.cuda.stream(self.stream):
-            if self._is_copied(rect) and (write := self._copy(rect, tokens, pages, placement, self.stream)):
+        if self._is_copied(rect):
+            with self._lock:
+                write = self._copy(rect, tokens, pages, placement, self.stream)
+            if write is not None:
                 return write
+        with self._lock, torch.cuda.stream(self.stream):
             slot = self._slots.take(len(ranges), self.num_programs)
             pages.fill(rect.block_start, rect.block_ids, self.stream)
             source, target, guard = self._source(pages), self._target(pages), 0
@@ -262,13 +265,15 @@ class _Pool:
                 page_ids[rect.block_start : rect.block_start + len(rect.block_ids)],
             ),
         )
-        is_idle = stream.query()
-        if stream is self.stream:
-            self._looks.begins(slot)
-        else:
-            slot.began.record(stream)
+
+        def begun() -> None:
+            if stream is self.stream:
+                self._looks.begins(slot)
+            else:
+                slot.began.record(stream)
+
         try:
-            cuda_copy.copy_blocks(*places, run, stream, is_idle)
+            cuda_copy.copy_blocks(*places, run, stream, begun)
         except cuda_driver.DriverError as error:
             _log.warning("the copy engine is left out from now on: %s", error)
             self._beside = None

@@ -33,7 +33,7 @@ from kv_transfer.lifecycle import Lifecycle, Stream
 from kv_transfer.memory import BlockMemory
 from kv_transfer.rect import Rect
 
-MAX_WRITE_BYTES = 256 << 20  # of one write: what is announced, and checked, at once
+MAX_WRITE_BYTES = 512 << 20  # of one write: what is announced, and checked, at once
 # Of the last write: nothing moves any more while the receiver checks it, and less would come before it is done with the
 # one before.
 MAX_LAST_BYTES = 64 << 20

@@ -202,12 +202,6 @@ class Receiver:
                     raise corrupt
                 self._count(ticket, header, ticket.cells(self.memory, header, header.num_bytes, ticket.covered, 0))
 
-    def is_ending(self, transfer_id: bytes) -> bool:
-        """Whether some of the transfer is missing, and no more than an eighth of it."""
-        ticket = self._find(transfer_id)
-        with ticket.lock:
-            return 0 < 8 * (ticket.covered.size - ticket.num_covered) <= ticket.covered.size
-
     def end(self, transfer_id: bytes, manifest: Manifest) -> None:
         """The sender has sent everything. Raises unless all that was to come has, as `manifest` counts it."""
         ticket = self._find(transfer_id)

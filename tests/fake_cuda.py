@@ -149,6 +149,9 @@ def install(patch: pytest.MonkeyPatch) -> None:
         for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
             stream.add(lambda target=target, source=source: ctypes.memmove(target, source, num_bytes))
 
+    def copy_one(target: int, source: int, num_bytes: int, stream: Stream) -> None:
+        stream.add(lambda: ctypes.memmove(target, source, num_bytes))
+
     for module in (cuda_ipc, cuda_pages, staging):
         patch.setattr(module, "side_stream", side_stream)
     for module in (cuda_ipc, cuda_pages):
@@ -157,6 +160,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "copy_to_device", copy_to_device)
     patch.setattr(cuda_pages, "_slots", lambda device: slots.setdefault(device, cuda_slot.Slots(device)))
     patch.setattr(cuda_copy, "_copy", copy_batch)
+    patch.setattr(cuda_copy, "_copy_one", copy_one)
     patch.setattr(cuda_driver, "open_memory", lambda handle, device: int.from_bytes(handle[:8], "little"))
     patch.setattr(cuda_driver, "close_memory", lambda address, device: None)
     patch.setattr(cuda_ipc, "_visible_device", lambda uuid: 0)

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 import kv_transfer
-from kv_transfer import control, control_server
+from kv_transfer import control
 from kv_transfer.base import ChunkHeader, Endpoint, Manifest, ManifestBuilder
 from kv_transfer.control import NO_TRANSFER, address, new_socket, parse_answer
 from kv_transfer.control_link import ControlLink
@@ -88,27 +88,6 @@ async def test_a_whole_transfer(pair: Pair, raw: Raw):
     raw.say(end_frame(transfer_id, manifest_of(*headers)))
     assert await asyncio.to_thread(raw.hear) == (transfer_id, Ack(2))
     await pair.receiver.commit(transfer_id, manifest_of(*headers))
-
-
-async def test_a_transfer_that_ends_is_waited_for_awake(pair: Pair, raw: Raw, monkeypatch: pytest.MonkeyPatch):
-    """With others beside it, and left alone in the end."""
-    monkeypatch.setattr(control_server, "SPIN_S", 60.0)
-    ids = list(range(5, 13))
-    transfer_id, left = pair.grant(ids), pair.grant([15, 16])
-    headers = header_of(pair, ids[:7]), header_of(pair, ids[7:], 7, 1)
-    assert not pair.receiver.is_ending(transfer_id)
-    raw.say(begin_frame(left, SOURCE), begin_frame(transfer_id, SOURCE), placed_frame(transfer_id, headers[0]))
-    async with asyncio.timeout(5):
-        while not pair.receiver.is_ending(transfer_id):
-            await asyncio.sleep(0.01)
-    await moved(pair, 14)
-    raw.say(placed_frame(transfer_id, headers[1]), end_frame(transfer_id, manifest_of(*headers)))
-    assert await asyncio.to_thread(raw.hear) == (transfer_id, Ack(2))
-    assert not pair.receiver.is_ending(transfer_id)
-    raw.say(placed_frame(left, header_of(pair, [15])))
-    raw.socket.close()
-    with pytest.raises(kv_transfer.TransferBroken, match="the sender is gone"):
-        await pair.receiver.commit(left, Manifest(2, 2, b""))
 
 
 @pytest.mark.parametrize(

@@ -50,17 +50,25 @@ def test_a_pool_on_the_cpu_has_no_cuda_ipc():
 def test_runs_of_blocks_by_the_copy_engine(monkeypatch: pytest.MonkeyPatch):
     from kv_transfer import cuda_copy
 
+    moved: list[str] = []
+
     def copy(targets, sources, num_bytes: int, stream) -> None:
-        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
-            ctypes.memmove(target, source, num_bytes)
+        moved.append(f"{len(targets)} blocks")
+        for there, here in zip(targets.tolist(), sources.tolist(), strict=True):
+            ctypes.memmove(there, here, num_bytes)
+
+    def copy_one(there: int, here: int, num_bytes: int, stream) -> None:
+        moved.append("a block")
+        ctypes.memmove(there, here, num_bytes)
 
     monkeypatch.setattr(cuda_copy, "_copy", copy)
+    monkeypatch.setattr(cuda_copy, "_copy_one", copy_one)
     source, target = make_memory("cpu", 16, 6, 4, 2, 16, seed=1), make_memory("cpu", 16, 8, 4, 2, 16)
     run = source.layer_offsets[1], source.layer_offsets[3]
     sides = ((source, [4, 0, 5]), (target, [1, 7, 2]))
-    monkeypatch.setattr(cuda_copy, "FIRST_BLOCKS", 2)
     places = ((memory.slab.data_ptr(), memory.slab.shape[1], ids) for memory, ids in sides)
-    cuda_copy.copy_blocks(*places, run, None, is_idle=True)  # type: ignore[arg-type]
+    cuda_copy.copy_blocks(*places, run, None, lambda: moved.append("begun"))  # type: ignore[arg-type]
+    assert moved == ["a block", "begun", "2 blocks"]
     assert torch.equal(target.slab[[1, 7, 2], slice(*run)], source.slab[[4, 0, 5], slice(*run)])
     assert target.slab.count_nonzero() == source.slab[[4, 0, 5], slice(*run)].count_nonzero()
 
