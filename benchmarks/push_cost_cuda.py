@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32, 132], help="of the push kernel")
     parser.add_argument("--priorities", type=int, nargs="+", default=[-1], help="of the push's stream; the model has 0")
-    parser.add_argument("--kernel-alone", action="store_true", help="too: with no layer moved by the copy engine")
     parser.add_argument("--digests", nargs="+", default=[IN_SERVICE], help="programs (0: as in service), priority")
     parser.add_argument("--only", choices=("prefill", "decode", "wire"), help="one part; wire: of decode's")
     parser.add_argument("--wire-programs", type=int, default=132, help="for the wire's speed beside decode")
@@ -95,12 +94,9 @@ def write_config(folder: str, shape: str) -> None:
 
 
 async def prefills(prefill: "Prefill", args: argparse.Namespace) -> dict[str, Any]:
-    pushed = list(product(args.programs, args.priorities, (True, False) if args.kernel_alone else (True,)))
-    names = [
-        f"pushed by {programs}" + f", priority {priority}" * (priority != -1) + ", no copies" * (not copies)
-        for programs, priority, copies in pushed
-    ]
-    ways: dict[str, tuple[int, int, bool] | None] = {"alone": None, "a sink that ignores it": None}
+    pushed = list(product(args.programs, args.priorities))
+    names = [f"pushed by {programs}" + f", priority {priority}" * (priority != -1) for programs, priority in pushed]
+    ways: dict[str, tuple[int, int] | None] = {"alone": None, "a sink that ignores it": None}
     ways |= dict(zip(names, pushed, strict=True))
     took: dict[str, dict[str, list[float]]] = {way: {"single": [], "back_to_back": []} for way in ways}
     for index in range(args.rounds + 1):

@@ -36,7 +36,6 @@ class Prefill:
         self._started: dict[str, float] = {}
         self._ended: dict[str, asyncio.Future[float]] = {}
         self._num_prompts = 0
-        self._later_bytes = 0  # in service, once it is known
         self._ways: dict[tuple[int, int], tuple[torch.cuda.Stream, Looks]] = {}
 
     async def connect(self, peer: Peer, num_lots: int) -> None:
@@ -52,16 +51,11 @@ class Prefill:
         self.engine.stop()
         await self.peer.stop()
 
-    def use(self, num_programs: int, priority: int = -1, copies: bool = True) -> None:
-        """Of the push kernel and of its stream, where it is one that moves the pages; nothing is under way. `copies`:
-        whether the copy engine moves layers while others are computed, or the kernel all of them."""
+    def use(self, num_programs: int, priority: int = -1) -> None:
+        """Of the push kernel and of its stream, where it is one that moves the pages; nothing is under way."""
         pool = getattr(self.link, "_pool", None)
         if pool is None:
             return
-        from kv_transfer import cuda_copy  # Triton is not everywhere
-
-        self._later_bytes = self._later_bytes or cuda_copy.LATER_BYTES
-        cuda_copy.LATER_BYTES = self._later_bytes if copies else 1 << 60
         if (num_programs, priority) not in self._ways:
             stream = torch.cuda.Stream(pool.device, priority=priority)
             self._ways[num_programs, priority] = stream, Looks(stream)

@@ -17,10 +17,6 @@ from kv_transfer import cuda_driver
 from kv_transfer.cuda_driver import DriverError
 
 MIN_RUN_BYTES = 2 << 20
-# Layers are copied once they are computed, while others are: from so much at once on, in runs of so much. A kernel
-# would take multiprocessors from the model's, which end with the slowest. It pushes the last layers all the same: it
-# begins by itself.
-LATER_BYTES, LATER_RUN_BYTES, LAST_LAYERS = 16 << 20, 128 << 10, 2
 
 
 class _Attributes(ctypes.Structure):

@@ -2,19 +2,17 @@
 
 The receiver exports its pool's allocation; the sender, another process of the same host, maps it and pushes pages with
 one launch per stretch of layers, on a stream of its own, behind the event of the layers' computation. The copy engine
-does so where it is faster, or leaves the model its multiprocessors (kv_transfer/cuda_copy.py). A kernel takes the
-digest of what is read; the receiver that of what landed (kv_transfer/push_kernel.py). Both processes must see both
-GPUs.
+does so where it is faster (kv_transfer/cuda_copy.py). A kernel takes the digest of what is read; the receiver that of
+what landed (kv_transfer/push_kernel.py). Both processes must see both GPUs.
 """
 
 import json
 import logging
 import mmap
 import re
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -154,8 +152,6 @@ class _Pool:
         self._slots, self._looks = Slots(self.device, MAX_PROGRAMS), Looks(self.stream)
         self._guards_at = _register(self.guards)
         self._beside: torch.cuda.Stream | None = None  # for digests of what the copy engine moves, if it does
-        self._later = side_stream(self.device, "push later")  # writes of the launching thread may wait on the other
-        self._lock = threading.Lock()  # whose pages are filled in, and launched: by two threads
         self._warm_up()
         is_alike = handle.block_size == memory.block_size and not isinstance(memory, RoundedMemory)
         if is_alike and cuda_copy.works(self.address, self.device):
@@ -186,12 +182,9 @@ class _Pool:
     def push(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
         """Launches on the side stream, one after the other."""
         ranges = self._ranges(rect.layer_start, rect.layer_stop)
-        if self._is_copied(rect):
-            with self._lock:
-                write = self._copy(rect, tokens, pages, placement, self.stream)
-            if write is not None:
-                return write
-        with self._lock, torch.cuda.stream(self.stream):
+        if self._is_copied(rect) and (write := self._copy(rect, tokens, pages, placement)):
+            return write
+        with torch.cuda.stream(self.stream):
             slot = self._slots.take(len(ranges), self.num_programs)
             pages.fill(rect.block_start, rect.block_ids, self.stream)
             source, target, guard = self._source(pages), self._target(pages), 0
@@ -221,33 +214,7 @@ class _Pool:
         is_final = rect.after is None or rect.after.query()
         return self._beside is not None and run >= cuda_copy.MIN_RUN_BYTES and is_final
 
-    def is_copied_later(self, rect: Rect) -> bool:
-        """Whether the copy engine is asked once the layers are computed."""
-        layers = rect.layer_start, rect.layer_stop
-        return (
-            self._beside is not None
-            and rect.after is not None
-            and rect.layer_stop <= self.memory.num_layers - cuda_copy.LAST_LAYERS
-            and self.memory.width(*layers) >= cuda_copy.LATER_RUN_BYTES
-            and len(rect.block_ids) * self.memory.width(*layers) >= cuda_copy.LATER_BYTES
-            and not rect.after.query()
-        )
-
-    def copy_now(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write":
-        """What was to be copied later and is final. Any thread. Raises TransferError."""
-        self.require(placement)
-        with self._lock:
-            write = self._copy(rect, tokens, pages, placement, self._later) if self._beside is not None else None
-        return write or self.push(replace(rect, after=None), tokens, pages, placement)
-
-    def _copy(
-        self,
-        rect: Rect,
-        tokens: tuple[int, int],
-        pages: PageTables,
-        placement: Placement,
-        stream: torch.cuda.Stream,
-    ) -> "_Write | None":
+    def _copy(self, rect: Rect, tokens: tuple[int, int], pages: PageTables, placement: Placement) -> "_Write | None":
         """By the copy engine, and by the kernel a digest on a stream beside, neither of which waits for the other.
         None: it cannot, now or later."""
         offsets, beside = self.memory.layer_offsets, self._beside
@@ -256,30 +223,17 @@ class _Pool:
         run = offsets[rect.layer_start], offsets[rect.layer_stop]
         num_programs = digest_programs(len(rect.block_ids) * (run[1] - run[0]))
         slot = self._slots.take(len(ranges), num_programs)
-        slab, page_ids = self.memory.slab, placement.page_ids
-        places = (
-            (slab.data_ptr(), slab.shape[1], rect.block_ids),
-            (
-                self.address,
-                self.handle.block_bytes,
-                page_ids[rect.block_start : rect.block_start + len(rect.block_ids)],
-            ),
-        )
-
-        def begun() -> None:
-            if stream is self.stream:
-                self._looks.begins(slot)
-            else:
-                slot.began.record(stream)
-
+        slab = self.memory.slab
+        page_ids = placement.page_ids[rect.block_start : rect.block_start + len(rect.block_ids)]
+        places = (slab.data_ptr(), slab.shape[1], rect.block_ids), (self.address, self.handle.block_bytes, page_ids)
         try:
-            cuda_copy.copy_blocks(*places, run, stream, begun)
+            cuda_copy.copy_blocks(*places, run, self.stream, lambda: self._looks.begins(slot))
         except cuda_driver.DriverError as error:
             _log.warning("the copy engine is left out from now on: %s", error)
             self._beside = None
             self._slots.give_back(slot)
             return None
-        slot.done.record(stream)
+        slot.done.record(self.stream)
         with torch.cuda.stream(beside):
             pages.fill(rect.block_start, rect.block_ids, beside)
             source = self._source(pages)
@@ -291,8 +245,7 @@ class _Pool:
         return _Write(None, slot, len(ranges), self._slots, pages, slot.digested)
 
     def close(self) -> None:
-        for stream in (self.stream, self._later):
-            stream.synchronize()
+        self.stream.synchronize()
         cuda_driver.close_memory(self._mapped, self.device.index)
         if self._guards_at:
             torch.cuda.cudart().cudaHostUnregister(self._guards_at)
@@ -319,7 +272,7 @@ class _Writer:
         self._pool = pool
         self._pages = pool.tables(placement)
 
-    def write(self, rect: Rect, placement: Placement) -> "_Write | _LaterWrite":
+    def write(self, rect: Rect, placement: Placement) -> "_Write":
         """What our last, partly filled block has behind the receiver's last page is left out."""
         pool, ours, theirs = self._pool, self._pool.memory.block_size, self._pool.handle.block_size
         last = (rect.block_start + len(rect.block_ids)) * ours
@@ -327,25 +280,7 @@ class _Writer:
         if last - tokens[1] >= ours:
             raise TransferBroken(f"token {last - 1} is pushed: {len(placement.page_ids)} blocks were granted")
         pool.require(placement)
-        if pool.is_copied_later(rect):
-            return _LaterWrite(pool, rect, tokens, self._pages, placement)
         return pool.push(rect, tokens, self._pages, placement)
-
-
-@dataclass(frozen=True, slots=True)
-class _LaterWrite:
-    """Begun by who waits for it, once its layers are computed: a copy cannot look at a guard by itself."""
-
-    pool: _Pool
-    rect: Rect
-    tokens: tuple[int, int]
-    pages: PageTables
-    placement: Placement
-
-    def wait(self) -> int:
-        assert self.rect.after is not None
-        self.rect.after.synchronize()
-        return self.pool.copy_now(self.rect, self.tokens, self.pages, self.placement).wait()
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,15 +106,7 @@ def event() -> torch.cuda.Event:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnGpu:
-    @pytest.mark.parametrize("copies", [False, True])
-    async def test_pages_arrive_as_they_are_computed(self, monkeypatch: pytest.MonkeyPatch, copies: bool):
-        """By the kernel, and all but the last layers' by the copy engine once they are there."""
-        from kv_transfer import cuda_copy
-
-        copied, copy = [], cuda_copy.copy_blocks
-        monkeypatch.setattr(cuda_copy, "copy_blocks", lambda *args: (copied.append(args[2]), copy(*args)))
-        monkeypatch.setattr(cuda_copy, "LATER_RUN_BYTES", 1)
-        monkeypatch.setattr(cuda_copy, "LATER_BYTES", 1 if copies else 1 << 60)
+    async def test_pages_arrive_as_they_are_computed(self):
         busy = torch.randn(8192, 8192, device="cuda:0")
         async with pushing() as (source, peer, link):
             for seed in range(3):
@@ -132,9 +124,6 @@ class TestOnGpu:
                 await peer.commit(transfer_id, await outgoing.finish())
                 assert await peer.ask("pages", block_ids=theirs) == hashes(source, mine)
             assert await peer.ask("check") == 0
-            offsets = source.layer_offsets
-            assert bool(copied) == (copies and link._pool._beside is not None)  # type: ignore[attr-defined]
-            assert max((stop for _, stop in copied), default=0) <= offsets[LAYERS - cuda_copy.LAST_LAYERS]
 
     @pytest.mark.parametrize(
         "kept, block_size", [((2, 2), 16), ((2, 2), 128), ((1, 1), 64), ((2, 1), 64), ((2, 1), 16)], ids=str

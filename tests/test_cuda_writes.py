@@ -171,52 +171,6 @@ async def test_long_runs_go_by_the_copy_engine_and_what_it_refuses_by_the_kernel
         assert it.is_equal([6, 7], [20, 21]) and pool._beside is None
 
 
-@pytest.mark.parametrize("end", ["well", "refused copies", "released"])
-async def test_layers_are_copied_once_they_are_computed(monkeypatch: pytest.MonkeyPatch, end: str):
-    """But for the last one, which the kernel pushes as soon as it is there."""
-    monkeypatch.setattr(cuda_copy, "LATER_BYTES", 4096)
-    monkeypatch.setattr(cuda_copy, "LATER_RUN_BYTES", 1024)
-    monkeypatch.setattr(cuda_copy, "LAST_LAYERS", 1)
-    async with pushing(monkeypatch, copies=True) as it:
-        pool, copies = it.link._pool, []  # type: ignore[attr-defined]
-        copy_blocks = cuda_copy.copy_blocks
-
-        def copy(source, target, run, *how) -> None:
-            copies.append(run)
-            if end == "refused copies":
-                raise DriverError("cuMemcpyBatchAsync: error 801")
-            copy_blocks(source, target, run, *how)
-
-        monkeypatch.setattr(cuda_copy, "copy_blocks", copy)
-        transfer_id, outgoing = it.open([9, 4, 7])
-        events = [Event().hold() for _ in range(LAYERS)]
-        for layer, event in enumerate(events):
-            outgoing.push([1, 2, 3], 0, layer, layer + 1, event)  # type: ignore[arg-type]
-            await asyncio.to_thread(it.link._sender.threads.launching.submit(bool).result)  # type: ignore[attr-defined]
-        assert not copies and pool.stream.work  # the last layer's kernel is launched
-        finishing = asyncio.create_task(outgoing.finish())
-        offsets = it.source.layer_offsets
-        for layer, event in enumerate(events):
-            if end == "released" and layer == 2:
-                assert it.receiver.release(transfer_id)
-            event.let_pass()
-            if layer < 2 and end != "refused copies":  # then they go by the kernel, behind the last layer's
-                async with asyncio.timeout(5):
-                    while it.receiver.bytes_received < 3 * offsets[layer + 1]:
-                        await asyncio.sleep(0.01)
-        if end == "released":
-            with pytest.raises(kv_transfer.TransferError):
-                await finishing
-            await outgoing.wait_closed()
-            assert copies == [(offsets[0], offsets[1]), (offsets[1], offsets[2])]
-            assert not it.target.slab[:, offsets[2] :].any()
-            assert it.receiver.quarantine.fence(transfer_id) is not None
-            return
-        await it.receiver.commit(transfer_id, await finishing)
-        assert it.is_equal([1, 2, 3], [9, 4, 7])
-        assert len(copies) == (LAYERS - 1 if end == "well" else 1)
-
-
 async def test_copies_do_not_wait_for_digests_and_digests_not_for_copies(monkeypatch: pytest.MonkeyPatch):
     async with pushing(monkeypatch, copies=True) as it:
         pool = it.link._pool  # type: ignore[attr-defined]
