@@ -36,7 +36,7 @@ from kv_transfer.rect import Rect
 MAX_WRITE_BYTES = 512 << 20  # of one write: what is announced, and checked, at once
 # Of the last write: nothing moves any more while the receiver checks it, and less would come before it is done with the
 # one before.
-MAX_LAST_BYTES = 64 << 20
+MAX_LAST_BYTES = 128 << 20
 
 
 class Write(Protocol):
