@@ -7,9 +7,10 @@ at once. The receiver is another process. In one run, the physical bound first:
 
     copy       one contiguous peer copy of 1 GiB by the copy engine
     kernel     the push kernel alone, by GPU events, without and with taking the digest
-    transfer   cuda_ipc from open until the receiver has verified the manifest; until the sender has heard so; with the
-               commit's answer; pushed as four stretches of 8 layers; back to back, two in flight; of 128 pages.
-               `unchecked`: as if nobody took digests
+    transfer   cuda_ipc from the push until the receiver has verified the manifest; from `open` on, which in service
+               comes before the prompt is computed; from there until the sender has heard so; with the commit's answer;
+               pushed as four stretches of 8 layers; back to back, two in flight; of 128 pages. `unchecked`: as if
+               nobody took digests
     nixl       the same by our transport `nixl` over UCX, where the package is installed
     nccl       256 MiB of contiguous bytes, and the same pages gathered, sent and scattered (benchmarks/nccl_cuda.py)
     cost       a matrix product of 8192^3 alone, and while pages are pushed at full speed; the same for a stretch of
@@ -78,7 +79,8 @@ async def measure(block_size: int, programs: list[int], rounds: int, copy: float
         kernels = (kernel(source, link, num_programs, with_digest) for with_digest in (False, True))
         figures = dict(zip(("kernel", "kernel_digest"), kernels, strict=True))
         whole = await transfers(source, peer, link, rounds, count)
-        figures |= dict(zip(("transfer", "transfer_heard", "transfer_committed"), whole, strict=True))
+        names = ("transfer", "transfer_opened", "transfer_heard", "transfer_committed")
+        figures |= dict(zip(names, whole, strict=True))
         figures["transfer_stretches"] = (await transfers(source, peer, link, rounds, count, STRETCHES))[0]
         figures["transfer_steady"] = await steady(source, peer, link, rounds, count)
         if count != 128:

@@ -1,8 +1,9 @@
-"""Whole transfers of scattered pages into a peer's pool, from `open` until the manifest is verified there.
+"""Whole transfers of scattered pages into a peer's pool, from their push until the manifest is verified there.
 
 What benchmarks/transfer_cuda.py reports and benchmarks/transfer_trace.py takes apart. All layers are there already, as
 a prefix is that the prefill worker had cached, or a turn that goes back: they are pushed at once, or as four stretches
-of eight. Grants, and commits of rounds that follow each other, are not timed.
+of eight. Grants, and commits of rounds that follow each other, are not timed; opening, which in service comes with the
+grant, before the prompt is computed, is timed apart.
 """
 
 import asyncio
@@ -37,22 +38,25 @@ def push(outgoing: Outgoing, block_ids: Sequence[int], num_layers: int, stretche
 
 async def transfers(
     source: BlockMemory, peer: Peer, link: Link, rounds: int, count: int, stretches: int = 1
-) -> tuple[float, float, float]:
-    """GB/s, medians: until the receiver has verified the manifest of all of `count` pages, until the sender has heard
-    so, and until the commit is answered."""
-    verified, heard, committed = [], [], []
+) -> tuple[float, float, float, float]:
+    """GB/s, medians: from the push of `count` pages until the receiver has verified their manifest; the same from
+    `open` on; from there until the sender has heard so; until the commit is answered."""
+    verified, opened, heard, committed = [], [], [], []
     for index in range(rounds + WARM_UP):
         mine, theirs = (random.Random(index + seed).sample(range(source.num_blocks), count) for seed in (0, 1000))
         transfer_id, placement = await peer.grant(theirs, link.transport)
         started_s = time.perf_counter()
         outgoing = link.open(transfer_id, placement=placement)
+        pushed_s = time.perf_counter()
         push(outgoing, tuple(mine), source.num_layers, stretches)
         manifest = await outgoing.finish()
         heard.append(time.perf_counter() - started_s)
-        verified.append(await peer.commit(transfer_id, manifest) - started_s)
+        verified_s = await peer.commit(transfer_id, manifest)
+        verified.append(verified_s - pushed_s)
+        opened.append(verified_s - started_s)
         committed.append(time.perf_counter() - started_s)
     gb = count * source.width(0, source.num_layers) / 1e9
-    medians = (statistics.median(each[WARM_UP:]) for each in (verified, heard, committed))
+    medians = (statistics.median(each[WARM_UP:]) for each in (verified, opened, heard, committed))
     return tuple(gb / median for median in medians)  # type: ignore[return-value]
 
 
