@@ -244,8 +244,14 @@ class _Pool:
             slot.digested.record(beside)
         return _Write(None, slot, len(ranges), self._slots, pages, slot.digested)
 
-    def close(self) -> None:
+    def synchronize(self) -> None:
+        """Returns when all that has been launched is done."""
         self.stream.synchronize()
+        if self._beside is not None:
+            self._beside.synchronize()
+
+    def close(self) -> None:
+        self.synchronize()
         cuda_driver.close_memory(self._mapped, self.device.index)
         if self._guards_at:
             torch.cuda.cudart().cudaHostUnregister(self._guards_at)
@@ -280,7 +286,11 @@ class _Writer:
         if last - tokens[1] >= ours:
             raise TransferBroken(f"token {last - 1} is pushed: {len(placement.page_ids)} blocks were granted")
         pool.require(placement)
-        return pool.push(rect, tokens, self._pages, placement)
+        try:
+            return pool.push(rect, tokens, self._pages, placement)
+        except BaseException:
+            pool.synchronize()  # nobody waits for what of it has been launched
+            raise
 
 
 @dataclass(frozen=True, slots=True)

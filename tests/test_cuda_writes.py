@@ -207,6 +207,25 @@ async def test_the_benchmark_that_stamps_every_step(monkeypatch: pytest.MonkeyPa
     assert [what for what in said if what.startswith(transfer_trace.WRITTEN)] == [f"{transfer_trace.WRITTEN} 1000 us"]
 
 
+async def test_a_copy_whose_digest_cannot_be_launched_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    """Closed says that nothing is written any more: the receiver then gives its pages to others."""
+    async with pushing(monkeypatch, copies=True) as it:
+
+        def fails(*args) -> None:
+            raise torch.OutOfMemoryError("no room for page ids")
+
+        monkeypatch.setattr(PageTables, "fill", fails)
+        it.link._pool.stream.wait_event(blocked := Event().hold())  # type: ignore[attr-defined]
+        _, outgoing = it.open([5, 6])
+        push = asyncio.create_task(asyncio.to_thread(outgoing.push, [1, 2], 0, 0, LAYERS))
+        closed = asyncio.create_task(outgoing.wait_closed())
+        await asyncio.wait([closed], timeout=0.3)
+        assert not closed.done() and not it.target.slab.any()
+        blocked.let_pass()
+        await asyncio.gather(push, closed)
+        assert it.is_equal([1, 2], [5, 6])
+
+
 async def test_a_kernel_that_fails_says_so_and_the_stream_goes_on(monkeypatch: pytest.MonkeyPatch):
     async with pushing(monkeypatch) as it:
         launch = cuda_ipc.launch
