@@ -158,8 +158,10 @@ class Decoder:
 
     def _announce(self, run: Run) -> None:
         """Before the engine's first events, so that the router hears Adopted first."""
-        if run.adopting is not None and not run.is_announced:
-            run.is_announced = True
+        with run.lock:  # the engine may be faster than the thread that is asking it
+            is_news = run.adopting is not None and run.state is not RunState.OVER and not run.is_announced
+            run.is_announced |= is_news
+        if is_news:
             run.emit(run.entry(adopted=worker_pb2.Adopted()))
 
     def _on_event(self, run: Run, event: Event) -> None:

@@ -109,15 +109,17 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
         What is verified already is adopted from here. The loop does the rest when the engine has answered, or finds
         again what is wrong, and says so: until the first step is launched it would only want Python's lock."""
 
+        run = self._decoder.runs.by_transfer(request.transfer_id)
+
         def begin() -> None:
-            self._committing(request).add_done_callback(lambda task: tell(_answer(task)))
+            self._committing(request, run).add_done_callback(lambda task: tell(_answer(task)))
 
         def wake(_: object = None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the socket will be, too
                 self._loop.call_soon_threadsafe(begin)
 
         try:
-            adopting = self._adopt_early(request)
+            adopting = self._adopt_early(run, request) if run is not None else None
         except (Refusal, TransferError, KeyError):
             adopting = None
         if adopting is None:
@@ -216,17 +218,18 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
 
     # Commit
 
-    def _committing(self, request: kv.CommitRequest) -> "asyncio.Task[kv.CommitResponse]":
-        """Whoever asks, however often: the first request is carried out, and its answer repeated."""
+    def _committing(self, request: kv.CommitRequest, run: Run | None = None) -> "asyncio.Task[kv.CommitResponse]":
+        """Whoever asks, however often: the first request is carried out, and its answer repeated. `run`: that the
+        request was for when it came; adopted since, it may have ended with its first step."""
         task = self._commits.get(request.transfer_id)
         if task is None:
-            task = self._commits[request.transfer_id] = asyncio.create_task(self._commit(request))
+            task = self._commits[request.transfer_id] = asyncio.create_task(self._commit(request, run))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             while len(self._commits) > MAX_COMMIT_ANSWERS:
                 self._commits.popitem(last=False)
         return task
 
-    async def _commit(self, request: kv.CommitRequest) -> kv.CommitResponse:
+    async def _commit(self, request: kv.CommitRequest, run: Run | None) -> kv.CommitResponse:
         owner = self._canaries.pop(request.transfer_id, None)
         if owner is not None:
             try:
@@ -236,7 +239,8 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             return kv.CommitResponse(num_bytes=request.num_bytes)
         if request.transfer_id in self._offers:
             return await self._offers.commit(request)
-        run = self._decoder.runs.by_transfer(request.transfer_id)
+        if run is None or run.adopting is None:
+            run = self._decoder.runs.by_transfer(request.transfer_id)
         if run is None:
             raise Refusal(grpc.StatusCode.NOT_FOUND, "no such transfer: it expired, was cancelled or never existed")
         try:
@@ -257,11 +261,8 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
             raise Refusal(grpc.StatusCode.NOT_FOUND, f"the run ended before its KV was adopted: {error}") from None
         return kv.CommitResponse(num_bytes=request.num_bytes)
 
-    def _adopt_early(self, request: kv.CommitRequest) -> "Future[None] | None":
+    def _adopt_early(self, run: Run, request: kv.CommitRequest) -> "Future[None] | None":
         """On any thread, without waiting: None, if it would have to. Raises what else keeps it from adopting now."""
-        run = self._decoder.runs.by_transfer(request.transfer_id)
-        if run is None:
-            return None
         self._check_claims(run, request)
         if not self._decoder.receiver.settle(request.transfer_id, manifest_of(request)):
             return None

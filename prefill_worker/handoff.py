@@ -62,6 +62,7 @@ class Handoff:
         self._peer: Peer | None = None
         self._transfer_id = b""
         self._outgoing: Outgoing | None = None
+        self._is_posted = False  # a commit, of which `commit` tells how it went
         self._committed = False
         self._closed = False
         self._on_failed = on_failed
@@ -100,6 +101,7 @@ class Handoff:
         is_all = len(self._first_tokens) == self._request.sampling.num_sequences
         if is_all and has_more(self._first_tokens) and not self._closed and not self._failed:
             assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"
+            self._is_posted = True
             self._peer.post_commit(self._transfer_id, self._outgoing, *self._claim(self._first_tokens))
 
     # On the loop
@@ -211,7 +213,7 @@ class Handoff:
             self._fail(HandoffFailed(inference_pb2.ERROR_REASON_INTERNAL, f"{type(error).__name__}: {error}", True))
 
     def _fail(self, error: HandoffFailed) -> None:
-        if not self._failed:
+        if not self._failed and not self._is_posted:
             self._failed = True
             self._on_failed(error)
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,15 +12,20 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
+from decode_worker import kv_service
+from decode_worker.decoder import Decoder
 from decode_worker.kv_service import KvTransferServicer
+from decode_worker.runs import Run, RunState
 from decode_worker.session import Outbox
-from engine.request import FirstToken
+from engine.dispatch import Dispatcher
+from engine.request import FirstToken, Preempted, Request, SamplingParams, Token
 from kv_transfer import control_link, peers
 from kv_transfer.base import Answer, Manifest
 from kv_transfer.control import NO_TRANSFER, pack_answer, parse_answer
 from kv_transfer.control_server import _Link
 from kv_transfer.frames import Ack, begin_frame, commit_frame
 from kv_transfer.open_transfers import OpenTransfers
+from prefill_worker.handoff import Handoff, HandoffFailed
 from protos import kv_transfer_pb2 as kv
 from tests.service import Service, collect, request, service
 from tests.test_control import Raw, moved
@@ -342,6 +348,55 @@ async def test_adopted_is_said_first_though_the_engine_was_faster(
         await compare()
     assert askers == ["kv-control"]
     assert said[0] == "adopted" and said.count("adopted") == 1 and len(said) > 2
+
+
+@needs_nixl
+async def test_a_run_that_ends_before_the_loop_hears_of_its_adoption_was_adopted(
+    tiny, commits: Commits, monkeypatch: pytest.MonkeyPatch
+):
+    """Its first step gave its last token."""
+    answers: list[Answer] = []
+    judge = kv_service._answer
+    async with expecting(tiny, commits, 1) as (s, _):
+        be_late(s, 0.3)
+        monkeypatch.setattr(kv_service, "_answer", lambda task: answers.append(judge(task)) or answers[-1])
+        await s.generate(request(list(range(90)), 2, ignore_eos=True))
+        async with asyncio.timeout(10):
+            while not answers:
+                await asyncio.sleep(0.01)
+    assert answers == [Answer(0)]
+
+
+async def test_adopted_is_said_first_though_the_asking_thread_stands_still():
+    """The engine has begun, and the thread that asked it has not come back from asking."""
+    loop, said = asyncio.get_running_loop(), list[str]()
+    heard = threading.Event()
+
+    def adopt(*args) -> Future[None]:
+        loop.call_soon_threadsafe(lambda: (decoder._on_event(run, Preempted("r", 0)), heard.set()))
+        heard.wait(0.2)
+        return Future()
+
+    decoder = Decoder(SimpleNamespace(adopt=adopt), Dispatcher(loop), SimpleNamespace())  # type: ignore[arg-type]
+    asked = Request("r", (1, 2), 2, SamplingParams(max_tokens=4))
+    run = Run("r", 1, asked, None, lambda entry: said.append(entry.WhichOneof("event") or ""), RunState.GRANTED)
+    await asyncio.to_thread(decoder.begin_adoption, run, [FirstToken(1, False)])
+    await asyncio.to_thread(heard.wait, 10)
+    assert said == ["adopted", "preempted"]
+
+
+async def test_a_lease_that_is_over_by_its_commit_fails_nothing():
+    """The receiver forgets a ticket that it has adopted, and says so to a heartbeat on its way."""
+    failures: list[HandoffFailed] = []
+    posted: list[tuple] = []
+    asked = Request("r", (1, 2), 2, SamplingParams(max_tokens=4))
+    none = SimpleNamespace()
+    handoff = Handoff(none, none, asked, ("r", 1), kv.WorkerRef(), None, failures.append)  # type: ignore[arg-type]
+    handoff._peer = SimpleNamespace(post_commit=lambda *args: posted.append(args))  # type: ignore[assignment]
+    handoff._outgoing = SimpleNamespace()  # type: ignore[assignment]
+    handoff.sampled(Token("r", 0, 0, 7, None, None))
+    handoff._lease_lost()
+    assert len(posted) == 1 and not failures
 
 
 @needs_nixl
