@@ -175,7 +175,8 @@ class PlacedOutgoing(Lifecycle):
     def _launch(self) -> None:
         """Starts a write for the oldest rectangle and those that join it; one call per push, so some find none."""
         with self._lock:
-            rect = self._queue.popleft() if self._queue and not self._closed else None
+            is_over = self._closed or self._failure is not None  # nothing follows what was left half done
+            rect = self._queue.popleft() if self._queue and not is_over else None
             while rect is not None and self._queue and (joined := self._join(rect, self._queue[0])):
                 self._queue.popleft()
                 rect = joined

@@ -108,9 +108,12 @@ async def test_a_write_that_fails_fails_the_transfer():
         pair.writer.fails = True
         transfer_id = pair.grant([5])
         outgoing = pair.open(transfer_id)
-        outgoing.push([9], 0, 0, NUM_LAYERS)
+        outgoing.push([9], 0, 0, 1)
+        pair.writer.fails = False
+        outgoing.push([9], 0, 1, NUM_LAYERS)
         with pytest.raises(kv_transfer.TransferBroken, match="the write failed: RuntimeError: an unspecified"):
             await outgoing.finish()
+        assert pair.writer.num_writes == 1  # nothing is written behind it
         assert pair.receiver.release(transfer_id)
 
 
