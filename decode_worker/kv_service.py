@@ -108,7 +108,6 @@ class KvTransferServicer(kv_grpc.KvTransferServiceServicer):
 
         What is verified already is adopted from here. The loop does the rest when the engine has answered, or finds
         again what is wrong, and says so: until the first step is launched it would only want Python's lock."""
-
         run = self._decoder.runs.by_transfer(request.transfer_id)
 
         def begin() -> None:

@@ -165,7 +165,8 @@ class Returns:
         peer.hold(transfer_id, granted.lease_ms / 1000, self._peers.source, lambda: outgoing.abort("the lease is over"))
         try:
             outgoing.push(block_ids[first_block:], first_block, 0, self._engine.layout.num_layers)
-            manifest = await peer.commit(transfer_id, outgoing, len(token_ids), token_hash(token_ids))
+            claim = kv.CommitRequest(num_tokens=len(token_ids), token_hash=token_hash(token_ids))
+            manifest = await peer.commit(transfer_id, outgoing, claim)
             is_committed = True
             self.num_bytes += manifest.num_bytes
             self.num_blocks += len(block_ids) - first_block

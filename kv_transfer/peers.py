@@ -7,7 +7,7 @@ a new peer with a new handshake.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import grpc
 
@@ -45,6 +45,7 @@ RELEASE_TIMEOUT_S, RELEASE_TRIES = 2.5, 2
 # this peer; the first one of all suffices.
 MAX_UNFIT = 2
 _UNFIT = (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.INTERNAL)
+_OF_NO_TOKENS = kv.CommitRequest()  # of a test transfer
 _log = logging.getLogger(__name__)
 
 
@@ -110,36 +111,19 @@ class Peer:
     def drop(self, transfer_id: bytes) -> None:
         self._leases.pop(transfer_id, None)
 
-    def post_commit(
-        self,
-        transfer_id: bytes,
-        outgoing: Outgoing,
-        num_tokens: int = 0,
-        token_hash: bytes = b"",
-        first_tokens: Sequence[kv.AdoptedToken] = (),
-    ) -> None:
+    def post_commit(self, transfer_id: bytes, outgoing: Outgoing, claim: kv.CommitRequest) -> None:
         """On any thread: nothing more is pushed, and Commit goes out by itself where the link can send it so. `commit`
         with the same arguments, which must follow, hears the answer, or asks by a call."""
+        outgoing.commit(lambda manifest: _filled(claim, transfer_id, manifest).SerializeToString())
 
-        def claim(manifest: Manifest) -> bytes:
-            return _claim(transfer_id, manifest, num_tokens, token_hash, first_tokens).SerializeToString()
-
-        outgoing.commit(claim)
-
-    async def commit(
-        self,
-        transfer_id: bytes,
-        outgoing: Outgoing,
-        num_tokens: int = 0,
-        token_hash: bytes = b"",
-        first_tokens: Sequence[kv.AdoptedToken] = (),
-    ) -> Manifest:
+    async def commit(self, transfer_id: bytes, outgoing: Outgoing, claim: kv.CommitRequest = _OF_NO_TOKENS) -> Manifest:
         """Ends the transfer; returns once the peer has verified every byte and taken it in. The lease is over then.
 
-        A test transfer is of no tokens. Raises TransferError, PeerUnavailable, or the refusal's AioRpcError.
+        `claim`: what the KV is of, its tokens and the first ones behind; transfer and manifest are filled in. Raises
+        TransferError, PeerUnavailable, or the refusal's AioRpcError.
         """
         try:
-            manifest = await self._commit(transfer_id, outgoing, num_tokens, token_hash, first_tokens)
+            manifest = await self._commit(transfer_id, outgoing, claim)
         except (TransferCorrupt, TransferUnfit) as error:
             self._count_unfit(str(error))
             raise
@@ -151,15 +135,8 @@ class Peer:
         self.drop(transfer_id)
         return manifest
 
-    async def _commit(
-        self,
-        transfer_id: bytes,
-        outgoing: Outgoing,
-        num_tokens: int,
-        token_hash: bytes,
-        first_tokens: Sequence[kv.AdoptedToken],
-    ) -> Manifest:
-        self.post_commit(transfer_id, outgoing, num_tokens, token_hash, first_tokens)
+    async def _commit(self, transfer_id: bytes, outgoing: Outgoing, claim: kv.CommitRequest) -> Manifest:
+        self.post_commit(transfer_id, outgoing, claim)
         manifest = await outgoing.seal()
         answer = None
         with contextlib.suppress(TimeoutError):
@@ -169,9 +146,8 @@ class Peer:
             if answer.code:
                 raise _refusal(answer)
             return manifest
-        request = _claim(transfer_id, manifest, num_tokens, token_hash, first_tokens)
         try:
-            await self.stub.Commit(request, timeout=COMMIT_TIMEOUT_S)
+            await self.stub.Commit(_filled(claim, transfer_id, manifest), timeout=COMMIT_TIMEOUT_S)
         except asyncio.CancelledError:
             if self._is_closed:  # its channel was closed under the call: no cancellation of ours
                 raise self._left() from None
@@ -241,22 +217,15 @@ class Peer:
         await self._channel.close(None)
 
 
-def _claim(
-    transfer_id: bytes,
-    manifest: Manifest,
-    num_tokens: int,
-    token_hash: bytes,
-    first_tokens: Sequence[kv.AdoptedToken],
-) -> kv.CommitRequest:
-    return kv.CommitRequest(
+def _filled(claim: kv.CommitRequest, transfer_id: bytes, manifest: Manifest) -> kv.CommitRequest:
+    request = kv.CommitRequest(
         transfer_id=transfer_id,
-        num_tokens=num_tokens,
-        token_hash=token_hash,
         num_chunks=manifest.num_chunks,
         num_bytes=manifest.num_bytes,
         digest=manifest.digest,
-        first_tokens=first_tokens,
     )
+    request.MergeFrom(claim)
+    return request
 
 
 def _refusal(answer: Answer) -> grpc.aio.AioRpcError:

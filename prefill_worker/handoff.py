@@ -102,7 +102,7 @@ class Handoff:
         if is_all and has_more(self._first_tokens) and not self._closed and not self._failed:
             assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"
             self._is_posted = True
-            self._peer.post_commit(self._transfer_id, self._outgoing, *self._claim(self._first_tokens))
+            self._peer.post_commit(self._transfer_id, self._outgoing, self._claim(self._first_tokens))
 
     # On the loop
 
@@ -120,7 +120,7 @@ class Handoff:
         """Returns once the decode worker has verified and adopted. Raises HandoffFailed."""
         assert self._outgoing is not None and self._peer is not None, "the engine computes only granted prompts"
         try:
-            await self._peer.commit(self._transfer_id, self._outgoing, *self._claim(first_tokens))
+            await self._peer.commit(self._transfer_id, self._outgoing, self._claim(first_tokens))
         except TransferError as error:
             raise _failed(error, self._target) from error
         except PeerUnavailable as error:
@@ -148,12 +148,13 @@ class Handoff:
         if self._peer is not None and self._transfer_id and not self._committed:
             await self._peer.release(self._transfer_id, "given up by the prefill worker")
 
-    def _claim(self, first_tokens: Sequence[Token]) -> tuple[int, bytes, list[kv.AdoptedToken]]:
+    def _claim(self, first_tokens: Sequence[Token]) -> kv.CommitRequest:
         """Number and hash of the tokens whose KV it is, and each sequence's first one."""
         token_ids = self._request.token_ids
         tokens = sorted(first_tokens, key=lambda token: token.sequence_index)
         adopted = [kv.AdoptedToken(token_id=token.token_id, finished=token.finish is not None) for token in tokens]
-        return len(token_ids), self._token_hash or token_hash(token_ids), adopted
+        known = self._token_hash or token_hash(token_ids)
+        return kv.CommitRequest(num_tokens=len(token_ids), token_hash=known, first_tokens=adopted)
 
     def _start_reserving(self) -> None:
         if not self._closed and self._reserving is None:
