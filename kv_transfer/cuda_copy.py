@@ -54,7 +54,7 @@ def copy_blocks(
     which takes it a microsecond or two each. Raises DriverError, and then some of them may be on their way."""
     start, stop = run
     there, here = (address + ids[0] * block_bytes + start for address, block_bytes, ids in (target, source))
-    _copy_one(there, here, stop - start, stream)
+    cuda_driver.copy_on_device(there, here, stop - start, stream)
     begun()
     if len(source[2]) > 1:
         targets, sources = (
@@ -62,19 +62,6 @@ def copy_blocks(
             for address, block_bytes, ids in (target, source)
         )
         _copy(targets, sources, stop - start, stream)
-
-
-def _copy_one(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
-    status = _call()(target, source, num_bytes, stream.cuda_stream)
-    if status:
-        raise DriverError(f"cuMemcpyDtoDAsync: error {status}")
-
-
-@functools.cache
-def _call() -> Callable[[int, int, int, int], int]:
-    copy = cuda_driver.library().cuMemcpyDtoDAsync_v2
-    copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-    return copy
 
 
 def _copy(targets: np.ndarray, sources: np.ndarray, num_bytes: int, stream: torch.cuda.Stream) -> None:

@@ -82,18 +82,28 @@ def open_memory(handle: bytes, device: int) -> int:
 
 def copy_to_device(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
     """From pinned host memory, as it is when the stream comes to it. Raises DriverError."""
-    status = _copier()(target, source, num_bytes, stream.cuda_stream)
+    _copy("cuMemcpyHtoDAsync", target, source, num_bytes, stream)
+
+
+def copy_on_device(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
+    """From memory of a device to that of the same or a mapped one. Raises DriverError."""
+    _copy("cuMemcpyDtoDAsync", target, source, num_bytes, stream)
+
+
+def _copy(name: str, target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
+    copy = _copier(name)
+    status = copy(target, source, num_bytes, stream.cuda_stream)
     if status == _NO_CONTEXT:  # this thread has called the driver for the first time, and the runtime never
         with _context(stream.device_index):
-            status = _copier()(target, source, num_bytes, stream.cuda_stream)
+            status = copy(target, source, num_bytes, stream.cuda_stream)
     if status:
-        raise DriverError(f"cuMemcpyHtoDAsync: error {status}")
+        raise DriverError(f"{name}: error {status}")
 
 
 @functools.cache
-def _copier() -> Callable[[int, int, int, int], int]:
-    copy = library().cuMemcpyHtoDAsync_v2
-    copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+def _copier(name: str) -> Callable[[int, int, int, int], int]:
+    copy = library()[f"{name}_v2"]
+    copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     return copy
 
 

@@ -160,7 +160,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "copy_to_device", copy_to_device)
     patch.setattr(cuda_pages, "_slots", lambda device: slots.setdefault(device, cuda_slot.Slots(device)))
     patch.setattr(cuda_copy, "_copy", copy_batch)
-    patch.setattr(cuda_copy, "_copy_one", copy_one)
+    patch.setattr(cuda_driver, "copy_on_device", copy_one)
     patch.setattr(cuda_driver, "open_memory", lambda handle, device: int.from_bytes(handle[:8], "little"))
     patch.setattr(cuda_driver, "close_memory", lambda address, device: None)
     patch.setattr(cuda_ipc, "_visible_device", lambda uuid: 0)

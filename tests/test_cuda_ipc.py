@@ -48,7 +48,7 @@ def test_a_pool_on_the_cpu_has_no_cuda_ipc():
 
 
 def test_runs_of_blocks_by_the_copy_engine(monkeypatch: pytest.MonkeyPatch):
-    from kv_transfer import cuda_copy
+    from kv_transfer import cuda_copy, cuda_driver
 
     moved: list[str] = []
 
@@ -62,7 +62,7 @@ def test_runs_of_blocks_by_the_copy_engine(monkeypatch: pytest.MonkeyPatch):
         ctypes.memmove(there, here, num_bytes)
 
     monkeypatch.setattr(cuda_copy, "_copy", copy)
-    monkeypatch.setattr(cuda_copy, "_copy_one", copy_one)
+    monkeypatch.setattr(cuda_driver, "copy_on_device", copy_one)
     source, target = make_memory("cpu", 16, 6, 4, 2, 16, seed=1), make_memory("cpu", 16, 8, 4, 2, 16)
     run = source.layer_offsets[1], source.layer_offsets[3]
     sides = ((source, [4, 0, 5]), (target, [1, 7, 2]))
